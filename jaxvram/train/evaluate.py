@@ -1,0 +1,34 @@
+"""Loss on a fixed set of batches, the same at every evaluation and on every machine."""
+
+import dataclasses
+
+import jax
+
+from jaxvram.train.sharding import local_rows, to_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = 250  # steps between evaluations; 0: only after the last
+    batches: int = 20  # of each split, fixed
+    batch_size: int = 0  # 0: that of a train step's microbatch
+    train_split: bool = False  # the training split as well
+
+
+class Evaluator:
+    """`evaluator(params, split)` -> mean loss over the fixed batches. Compiled once."""
+
+    def __init__(self, task, cfg: EvalConfig, batch_size: int, mesh):
+        self.task, self.cfg, self.mesh = task, cfg, mesh
+        self.batch_size = cfg.batch_size or batch_size
+        self.loss = jax.jit(lambda params, batch: task.loss(params, batch)[:2])
+
+    def __call__(self, params, split: str) -> float:
+        rows = local_rows(self.batch_size, self.mesh)
+        sums = []
+        for n in range(self.cfg.batches):
+            batch = self.task.source.batch(split, n, self.batch_size, rows)
+            sums.append(self.loss(params, to_devices(batch, self.batch_size, self.mesh)))
+        loss_sum = sum(float(loss) for loss, _ in sums)
+        weight = sum(float(weight) for _, weight in sums)
+        return loss_sum / max(weight, 1e-9)

@@ -1,0 +1,47 @@
+"""Skips a step whose loss or gradient norm is not finite or far out of the recent window (llm.c's -sl and -sg)."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    window: int = 128  # steps that count as recent; nothing is an outlier before it is full
+    z_score: float = 8.0  # deviations above the window's mean that count as far out; 0: only non-finite steps are skipped
+    patience: int = 8  # skipped steps in a row before the run goes back to its last checkpoint
+    max_rollbacks: int = 3  # before the run gives up
+
+
+class Guard(flax.struct.PyTreeNode):
+    """What the guard remembers: loss and gradient norm of the last steps, and how many were skipped."""
+
+    recent_Wx2: jax.Array  # fp32, a ring
+    seen: jax.Array  # int32, finite steps so far
+    streak: jax.Array  # int32, skipped steps in a row
+    skipped: jax.Array  # int32, in all
+
+    @classmethod
+    def fresh(cls, cfg: GuardConfig) -> "Guard":
+        zero = jnp.zeros((), jnp.int32)
+        return cls(jnp.zeros((cfg.window, 2), jnp.float32), zero, zero, zero)
+
+
+def judge(guard: Guard, loss, grad_norm, cfg: GuardConfig):
+    """(is this step good?, the guard after it). A lasting change enters the window and is accepted in the end."""
+    now_2 = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+    finite = jnp.isfinite(now_2).all()
+    good = finite
+    if cfg.z_score > 0:
+        mean_2, std_2 = guard.recent_Wx2.mean(0), guard.recent_Wx2.std(0)
+        far_out = (now_2 > mean_2 + cfg.z_score * std_2).any()
+        good &= ~((guard.seen >= cfg.window) & far_out)
+    ring = guard.recent_Wx2.at[guard.seen % cfg.window].set(now_2)
+    return good, Guard(
+        recent_Wx2=jnp.where(finite, ring, guard.recent_Wx2),
+        seen=guard.seen + finite,
+        streak=jnp.where(good, 0, guard.streak + 1),
+        skipped=guard.skipped + ~good,
+    )

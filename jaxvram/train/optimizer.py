@@ -1,0 +1,119 @@
+"""Optimizers and schedules by name; weight decay, learning-rate multipliers and freezing by regex over parameter paths."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from jaxvram.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    params: str  # regex that must match a whole path, e.g. '.*/(kernel|embedding)'
+    weight_decay: float = 0.0  # decoupled, times the learning rate
+    lr_multiplier: float = 1.0  # 0 freezes: no update and no optimizer state
+
+
+MATRICES_DECAY = {  # nanoGPT, llm.c: everything with two axes or more, tables included
+    "decayed": ParamGroup(r".*(kernel|embedding)", weight_decay=0.1),
+    "plain": ParamGroup(r".*(bias|scale)"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"  # adamw | lion | adafactor (factored second moments, none of the first)
+    learning_rate: float = 6e-4  # peak
+    schedule: str = "cosine"  # cosine | linear | constant | wsd (constant, then 1 - sqrt over the last part)
+    warmup_steps: int = 0  # from learning_rate / (warmup_steps + 1), linearly
+    decay_steps: int = 0  # step at which the final rate is reached; 0: the last step
+    final_lr_fraction: float = 0.1  # of the peak
+    wsd_decay_fraction: float = 0.2  # of decay_steps, for wsd only
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the global gradient norm; 0: none
+    mu_dtype: str = "float32"  # of the first moment: float32 | bfloat16
+    groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=lambda: dict(MATRICES_DECAY))
+
+
+def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made so far (nanoGPT's get_lr, llm.c's wsd)."""
+    peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_lr_fraction
+    end = cfg.decay_steps or total_steps
+    span = max(end - cfg.warmup_steps, 1)
+    if cfg.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, span, alpha=cfg.final_lr_fraction)
+    elif cfg.schedule == "linear":
+        main = optax.linear_schedule(peak, final, span)
+    elif cfg.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif cfg.schedule == "wsd":
+        decay = max(round(end * cfg.wsd_decay_fraction), 1)
+        start = max(span - decay, 0)
+
+        def main(step):
+            progress = jax.numpy.clip((step - start) / decay, 0, 1)
+            return final + (peak - final) * (1 - jax.numpy.sqrt(progress))
+    else:
+        valid = ("cosine", "linear", "constant", "wsd")
+        raise UserError(f"optimizer.schedule={cfg.schedule!r} is unknown{nearest(cfg.schedule, valid)}")
+    if cfg.warmup_steps == 0:
+        return main
+    warmup = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
+    return optax.join_schedules([warmup, main], [cfg.warmup_steps])
+
+
+def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
+    """(optax transformation, schedule) for a tree of parameters or of their shapes."""
+    schedule = make_schedule(cfg, total_steps)
+    label_of = group_labels(cfg.groups, params)
+    groups = cfg.groups
+
+    def decay_and_multiply(updates, params):
+        of_leaf = lambda g, u, p: groups[g].lr_multiplier * (u + groups[g].weight_decay * p)
+        return jax.tree.map(of_leaf, label_of, updates, params)
+
+    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm > 0 else []
+    tx = optax.chain(*clip, _direction(cfg), optax.stateless(decay_and_multiply), optax.scale_by_learning_rate(schedule))
+    if any(group.lr_multiplier == 0 for group in groups.values()):
+        fate = jax.tree.map(lambda g: "frozen" if groups[g].lr_multiplier == 0 else "trained", label_of)
+        # Outside of `partition`, so that frozen leaves are masked from the decay above as well.
+        label_of = jax.tree.map(lambda g, f: g if f == "trained" else optax.MaskedNode(), label_of, fate)
+        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, fate)
+    return tx, schedule
+
+
+def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    if cfg.name == "adamw":
+        return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype)
+    if cfg.name == "lion":
+        return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.mu_dtype)
+    if cfg.name == "adafactor":  # Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate and no first moment
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    raise UserError(f"optimizer.name={cfg.name!r} is unknown{nearest(cfg.name, ('adamw', 'lion', 'adafactor'))}")
+
+
+def group_labels(groups: Mapping[str, ParamGroup], params):
+    """The name of its group for every leaf. Every path must match exactly one group, every group at least one path."""
+    matched = dict.fromkeys(groups, False)
+
+    def label(path, _):
+        name = path_name(path)
+        found = [g for g, group in groups.items() if re.fullmatch(group.params, name)]
+        if len(found) != 1:
+            which = "no optimizer group" if not found else f"the optimizer groups {' and '.join(found)}"
+            raise UserError(f"parameter {name} is in {which}; each must be in exactly one (optimizer.groups.*.params)")
+        matched[found[0]] = True
+        return found[0]
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    return labels
+
+
+def path_name(path) -> str:
+    """A tree path as 'h/attn/c_attn/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,118 @@
+"""The train step of every recipe: microbatches, one division, one optax update, the guard, EMA. Pure; jit it once."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxvram.errors import UserError
+from jaxvram.train.guard import Guard, GuardConfig, judge
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer updates
+    batch_size: int = 8  # sequences or images a step, over all devices
+    microbatch_size: int = 0  # of them at a time, gradients added up; 0: all at once
+    seed: int = 1337  # of parameters, batches and dropout
+    ema_decay: float = 0.0  # of an average of the weights, evaluated and sampled from; 0: none
+    log_every: int = 10  # steps between lines of metrics
+    init_from: str = ""  # a folder of weights to start from (Hugging Face layout); empty: at random
+    profile_start: int = 0  # first step of a trace in WORKDIR/profile; 0: none
+    profile_steps: int = 5
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+
+    @property
+    def microbatches(self) -> int:
+        size = self.microbatch_size or self.batch_size
+        if size < 1 or self.batch_size % size:
+            raise UserError(f"train.batch_size={self.batch_size} is not a multiple of train.microbatch_size={size}")
+        return self.batch_size // size
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a run is; the batch of step n is that of index n + data_offset."""
+
+    step: jax.Array  # int32, batches consumed
+    data_offset: jax.Array  # int32, batches jumped over by rollbacks
+    params: Any
+    opt_state: Any
+    ema: Any  # None without
+    guard: Guard
+
+    @property
+    def eval_params(self):
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(task, tx, cfg: TrainConfig, params=None) -> TrainState:
+    """The state before step 0, from `params` or from the seed; jit it, so that nothing is made twice."""
+    if params is None:
+        params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+    zero = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.copy, params) if cfg.ema_decay > 0 else None
+    return TrainState(zero, zero, params, tx.init(params), ema, Guard.fresh(cfg.guard))
+
+
+def make_train_step(task, tx, schedule, cfg: TrainConfig):
+    """`(state, batch) -> (state, metrics)`; leaves of batch are (batch_size, ...). Donate the state."""
+    stream = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+
+    def train_step(state: TrainState, batch):
+        key = jax.random.fold_in(stream, state.step + state.data_offset)
+        loss, grads, metrics = loss_and_gradients(task, state.params, batch, key, cfg.microbatches)
+        grad_norm = optax.global_norm(grads)
+        good, guard = judge(state.guard, loss, grad_norm, cfg.guard)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Chosen leaf by leaf, so that it melts into the update in place; a cond would keep both.
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+        ema = None
+        if cfg.ema_decay > 0:
+            n = state.step.astype(jnp.float32)
+            decay = jnp.minimum(cfg.ema_decay, (1 + n) / (10 + n))  # warms up: early weights are forgotten soon
+            ema = jax.tree.map(lambda e, p: (e + (1 - decay) * (p - e)).astype(e.dtype), state.ema, params)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.guard.skipped),
+            "skipped": guard.skipped,
+            "skipped_in_a_row": guard.streak,
+        }
+        return TrainState(state.step + 1, state.data_offset, params, opt_state, ema, guard), metrics
+
+    return train_step
+
+
+def loss_and_gradients(task, params, batch, key, microbatches: int = 1):
+    """(mean loss, gradients of it, metrics) over the whole batch: sums are added up and divided once by the weight.
+
+    `task.loss` gives sums, so k microbatches equal one batch however unevenly the targets are masked.
+    """
+
+    def loss_fn(params, batch, key):
+        loss_sum, weight, metrics = task.loss(params, batch, key)
+        return loss_sum, (weight, metrics)
+
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss_sum, (weight, metrics)), grads = value_and_grad(params, batch, key)
+    else:
+        # Microbatch j takes the rows j, j + k, ...: with rows spread over devices, each keeps its own.
+        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+
+        def add(sums, microbatch):
+            batch, key = microbatch
+            return jax.tree.map(jnp.add, sums, value_and_grad(params, batch, key)), None
+
+        xs = jax.tree.map(split, batch), jax.random.split(key, microbatches)
+        of_one = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], xs))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), of_one)
+        ((loss_sum, (weight, metrics)), grads), _ = jax.lax.scan(add, zeros, xs)
+    weight = jnp.maximum(weight, 1e-9)  # a batch without any target has no gradient, not a NaN
+    grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+    return loss_sum / weight, grads, {name: value / weight for name, value in metrics.items()}
