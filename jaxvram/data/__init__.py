@@ -1,0 +1,64 @@
+"""Where batches come from. A source is a pure function of (seed, split, n): nothing to save, nothing to resume.
+
+A source has `vocab_size`, `tokenizer`, `sequence_length` (T), `description` (one line) and
+`batch(split, n, batch_size, rows=slice(None)) -> {"tokens": int32 (B, T), "targets": int32 (B, T)}`, where a target of
+-1 is not learnt, and only `rows` of the batch are made. Problems also have
+`problems(split, limit) -> (prompts (N, P), answers (N, A))`.
+"""
+
+import dataclasses
+
+from jaxvram.data.order import ORDERS
+from jaxvram.data.problems import AdderProblems, SortProblems
+from jaxvram.data.text import load_text
+from jaxvram.errors import UserError, nearest
+
+NAMES = ("text", "sort", "adder")
+DATASETS = ("shakespeare", "fineweb", "offline")
+TOKENIZERS = ("char", "gpt2")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = "text"  # text | sort | adder (minGPT's two problems)
+    dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (a text that every Python has)
+    path: str | None = None  # instead: a text, a folder of texts, nanoGPT's folder, llm.c's shard, folder or glob
+    tokenizer: str = "char"  # char | gpt2
+    vocab_path: str | None = None  # folder with GPT-2's encoder.json or vocab.json; None: found or downloaded
+    val_fraction: float = 0.1  # of a text without a val split of its own: its tail
+    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch)
+    download: bool = True  # may ask the network for what is not on this machine
+    allow_offline: bool = False  # if even that fails, train on the offline text and say so
+    fineweb_shards: int = 1  # train shards of FineWeb, of 100M tokens and 200 MB each, up to 103
+    length: int = 6  # sort: digits in a question
+    digits: int = 3  # sort: digits there are
+    ndigit: int = 2  # adder: digits of each number
+
+
+def load(cfg: DataConfig, block_size: int, seed: int):
+    """The source that `cfg` describes, for a model with a context of `block_size` tokens.
+
+    Raises:
+      UserError: whatever is wrong with the configuration, the files or the network, and how to put it right.
+    """
+    for field, options in (("name", NAMES), ("dataset", DATASETS), ("tokenizer", TOKENIZERS), ("order", ORDERS)):
+        if (value := getattr(cfg, field)) not in options:
+            raise UserError(f"data.{field}={value!r} is unknown{nearest(value, options)}")
+    if not 0 < cfg.val_fraction < 1:
+        raise UserError(f"data.val_fraction={cfg.val_fraction} must lie between 0 and 1")
+    if cfg.name == "text":
+        return load_text(cfg, block_size, seed)
+    if cfg.path is not None:
+        raise UserError(f"data.path={cfg.path} is for data.name=text; data.name={cfg.name} makes its own problems")
+    if cfg.name == "sort" and cfg.order != "random":
+        raise UserError(
+            "data.order=shuffled needs a list of examples; the sort problem draws them: set data.order=random"
+        )
+    source = (
+        SortProblems(cfg.length, cfg.digits, seed) if cfg.name == "sort" else AdderProblems(cfg.ndigit, cfg.order, seed)
+    )
+    if block_size != source.sequence_length:
+        raise UserError(
+            f"model.block_size={block_size} does not fit the {cfg.name} problem: set it to {source.sequence_length}"
+        )
+    return source

