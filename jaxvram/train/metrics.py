@@ -237,7 +237,7 @@ def _event(wall_time: float, line: dict, restart: bool):
 
     if restart:
         return Event(wall_time=wall_time, step=line["step"], session_log=SessionLog(status=SessionLog.START))
-    split = line.get("split", "train")
+    split = {None: "train", "train": "train_eval"}.get(line.get("split"), line.get("split"))
     values = [
         Summary.Value(tag=f"{split}/{name}", simple_value=value)
         for name, value in line.items()

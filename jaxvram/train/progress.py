@@ -108,7 +108,7 @@ class Progress:
             )
 
     def update(self, step: int, metrics: Mapping) -> float | None:
-        """Steps up to `step` have finished; shows `loss`, and `skipped_total` where it is not 0, from `metrics`.
+        """Steps up to `step` have finished; shows `loss`, and `skipped` (so far, in all) where it is not 0, from `metrics`.
 
         Returns the tokens/s since the last update, or None where that time was compilation.
         """
@@ -185,7 +185,7 @@ class Progress:
             words.append(f"{duration((self._total_steps - self._step) / rate * share)} left")
         if (peak := peak_bytes(self._device)) is not None:
             words.append(f"peak {peak / 2**30:.2f} GiB")
-        if skipped := int(metrics.get("skipped_total", 0)):
+        if skipped := int(metrics.get("skipped", 0)):
             words.append(f"{skipped} skipped")
         return words
 

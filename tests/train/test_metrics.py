@@ -135,6 +135,7 @@ def test_tensorboard_mirrors_the_lines_and_hides_what_a_resume_dropped(tmp_path,
             time.sleep(0.01)
     with MetricsLog(tmp_path) as log:  # within the same second: must not overwrite the first file
         log.truncate_after(3)
+        log.write(3, {"loss": 30.0}, split="train")  # an evaluation on the training split: a curve of its own
         log.write(4, {"loss": 40.0})
         log.flush()
         log.truncate_after(3)  # a roll back while running
@@ -143,9 +144,10 @@ def test_tensorboard_mirrors_the_lines_and_hides_what_a_resume_dropped(tmp_path,
         ("train/loss", 1): 1,
         ("train/loss", 2): 2,
         ("train/loss", 3): 3,
+        ("train_eval/loss", 3): 30,
         ("train/loss", 4): 41,
     }
-    assert [line["loss"] for line in read(tmp_path)] == [1.0, 2.0, 3.0, 41.0]
+    assert [line["loss"] for line in read(tmp_path)] == [1.0, 2.0, 3.0, 30.0, 41.0]
 
 
 def events_of_or_none(workdir):

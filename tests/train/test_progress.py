@@ -98,7 +98,7 @@ def test_a_pipe_gets_plain_lines(now):
     progress = Progress(25, tokens_per_step=6144, every=10, now=now, stream=out)
     run(progress, now, range(1, 20))
     progress.note("val loss 1.9")
-    run(progress, now, range(20, 26), skipped_total=3)
+    run(progress, now, range(20, 26), skipped=3)
     progress.close()
     assert out.getvalue().splitlines() == [
         "step 10/25, loss 2.0000, 12.3k tokens/s, 0:08 left",
