@@ -1,0 +1,151 @@
+"""The command line: flags to a recipe, a recipe to one of the modes. Everything a user can get wrong ends as one line."""
+
+import os
+import pathlib
+import sys
+
+from absl import flags, logging
+
+from jaxvram.errors import UserError, nearest
+
+MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare")
+
+USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
+
+  --mode=train    train, or resume what the workdir holds (the default)
+  --mode=eval     loss of a checkpoint on the fixed evaluation batches, and scores
+  --mode=sample   text from a checkpoint (--config.sample.prompt=..., .prompt_file, .temperature, .top_k, .top_p, .seed)
+  --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
+  --mode=fit      the fastest microbatch and remat that fit --card
+  --mode=export   a checkpoint as a Hugging Face folder (--out=DIR)
+  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR)
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0, 2 after an error that the user can put right, 128 + signal after a checkpoint on a signal."""
+    # JAX takes 75 % of a card by default; on 12 GB the rest is worth having. Before JAX is imported.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.ERROR)
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    recipe_file, argv = _take_recipe(argv)
+    options, overrides = _options(argv)
+    if "--help" in overrides or "-h" in overrides or len(argv) == 1 and not recipe_file:
+        print(USAGE)
+        return 0
+    if options.card == "list":
+        from jaxvram.vram import cards
+
+        print(cards.table())
+        return 0
+    _connect(options)
+    from jaxvram import modes
+
+    if options.mode == "prepare":
+        if recipe_file or len(overrides) > 1:
+            raise UserError("--mode=prepare reads no recipe: give --input, --out, --tokenizer, --shard_tokens, --workers")
+        return modes.prepare(options)
+    if not recipe_file:
+        raise UserError("--config=configs/NAME.py is missing; --help shows the usage")
+    from jaxvram import recipe
+
+    planning = options.mode in ("plan", "fit")
+    config, name, variant = recipe.load(recipe_file, for_card=planning and options.card is not None)
+    if (asked := recipe_file.partition(":")[2]) in ("", "auto"):
+        file = recipe_file.partition(":")[0]
+        print(f"{name}: variant {variant}; to insist on one: --config={file}:VARIANT", flush=True)
+    _override(config, overrides)
+    default = f"runs/{name}" + (f"-{variant}" if asked else "")
+    workdir = pathlib.Path(options.workdir or default)
+    return getattr(modes, "evaluate" if options.mode == "eval" else options.mode)(recipe.build(config, name, variant), workdir, options)
+
+
+def _take_recipe(argv: list[str]) -> tuple[str, list[str]]:
+    """--config=FILE out of argv: the recipe must be loaded before its fields can be flags."""
+    rest, file, values = [], "", iter(argv)
+    for arg in values:
+        if arg in ("--config", "-config"):
+            file = next(values, "")
+        elif arg.startswith(("--config=", "-config=")):
+            file = arg.partition("=")[2]
+        else:
+            rest.append(arg)
+    return file, rest
+
+
+def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Everything but the recipe's fields, and what is left of argv."""
+    values = flags.FlagValues()
+    text = lambda name, default, about: flags.DEFINE_string(name, default, about, flag_values=values)
+    number = lambda name, default, about: flags.DEFINE_integer(name, default, about, flag_values=values)
+    text("mode", "train", f"One of {', '.join(MODES)}.")
+    text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
+    text("card", None, "For plan and fit: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
+    text("checkpoint", "best", "For eval, sample and export: best or latest.")
+    text("out", None, "For export and prepare: the folder to write.")
+    text("input", None, "For prepare: a text file or a folder of texts.")
+    text("tokenizer", "gpt2", "For prepare: gpt2 or char.")
+    number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
+    number("workers", None, "For prepare: processes; default: as many as there are cores.")
+    text("coordinator", None, "Several hosts: address:port of process 0, or `auto` under SLURM and Kubernetes.")
+    number("num_processes", None, "Several hosts: how many.")
+    number("process_id", None, "Several hosts: which one this is.")
+    try:
+        rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    for name, valid in (("mode", MODES), ("checkpoint", ("best", "latest"))):
+        if values[name].value not in valid:
+            raise UserError(f"--{name}={values[name].value} is unknown{nearest(values[name].value, valid)}")
+    return values, rest
+
+
+def _connect(options) -> None:
+    """JAX's own distributed runtime, if asked for, and the platform: before any device is looked for."""
+    import jax
+
+    from jaxvram.vram.compile import settle_platform
+
+    if options.coordinator == "auto":
+        jax.distributed.initialize()  # SLURM, Kubernetes and Open MPI say who is who
+    elif options.coordinator:
+        if options.num_processes is None or options.process_id is None:
+            raise UserError("--coordinator=HOST:PORT needs --num_processes and --process_id as well")
+        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    settle_platform()
+
+
+def _override(config, arguments: list[str]) -> None:
+    """--config.a.b=value for every field of the recipe, with ml_collections' own types."""
+    from ml_collections import config_flags
+
+    for argument in arguments[1:]:
+        path = argument.lstrip("-").partition("=")[0].split(".")
+        if path[0] != "config" or not argument.startswith("--"):
+            raise UserError(f"{argument!r} is no flag of launch.py; --help shows the usage")
+        section = config
+        for depth, key in enumerate(path[1:], 1):
+            if not hasattr(section, "keys") or key not in section:
+                valid = section.keys() if hasattr(section, "keys") else ()
+                raise UserError(f"{'.'.join(path[: depth + 1])} is no field of this recipe{nearest(key, valid)}")
+            section = section[key]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    try:
+        values(arguments)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -1,0 +1,122 @@
+"""What launch.py can do with a recipe: one function a mode, `(recipe, workdir, options) -> exit status`."""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+
+from jaxvram import data
+from jaxvram.errors import UserError
+from jaxvram.models import MODELS
+from jaxvram.tasks.language import LanguageTask
+from jaxvram.train import metrics, report
+from jaxvram.train.checkpoint import Checkpoints, check_workdir
+from jaxvram.train.evaluate import Evaluator
+from jaxvram.train.loop import Loop, make_program
+from jaxvram.train.sharding import make_mesh, shardings
+
+
+def make_task(recipe, with_data: bool = True):
+    """The recipe's task. Without data only if the vocabulary is known: a plan needs shapes alone."""
+    cfg = recipe.model
+    source = None
+    if with_data or cfg.vocab_size == 0:
+        source = data.load(recipe.data, cfg.block_size, recipe.train.seed)
+        if cfg.vocab_size == 0:
+            cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size)
+    model_type = next(model for model, config_type in MODELS.values() if isinstance(cfg, config_type))
+    return LanguageTask(model_type(cfg), source, recipe.task, recipe.sample)
+
+
+def train(recipe, workdir: pathlib.Path, options) -> int:
+    check_workdir(workdir, recipe)  # before the data: this error is cheaper
+    task = make_task(recipe)
+    if jax.process_index() == 0:
+        print(f"{recipe.name}:{recipe.variant} in {workdir} on {jax.devices()[0].device_kind}", flush=True)
+        print(f"data: {task.source.description}", flush=True)
+    init_params = None
+    if recipe.train.init_from:
+        from jaxvram.convert import gpt2
+
+        init_params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
+    loop = Loop(recipe, task, workdir)
+    loop.run(init_params)
+    if loop.interrupt.received:
+        return 128 + loop.interrupt.received
+    if loop.writes:
+        print("\n" + f"\n{'-' * 80}\n".join(task.show(loop.final_params)), flush=True)
+        print(f"\nrun folder: {workdir} (open {workdir / 'report.html'})", flush=True)
+    return 0
+
+
+def evaluate(recipe, workdir: pathlib.Path, options) -> int:
+    """Loss of a checkpoint on the fixed batches, and its scores; a line for each, and one in metrics.jsonl's form."""
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
+    cfg = recipe.train
+    evaluator = Evaluator(task, recipe.eval, cfg.batch_size // cfg.microbatches, make_mesh(recipe.mesh))
+    for split in ("train", "val") if recipe.eval.train_split else ("val",):
+        scores = task.scores(params) if split == "val" else {}
+        print(json.dumps({"step": step, "split": split, "loss": evaluator(params, split), **scores}), flush=True)
+    return 0
+
+
+def sample(recipe, workdir: pathlib.Path, options) -> int:
+    """Continuations of the prompt, on the terminal and in samples/."""
+    prompt = None
+    if recipe.sample.prompt_file:
+        path = pathlib.Path(recipe.sample.prompt_file)
+        if not path.is_file():
+            raise UserError(f"sample.prompt_file={path} does not exist")
+        try:
+            prompt = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"sample.prompt_file={path} is not UTF-8 text") from error
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
+    text = f"\n{'-' * 80}\n".join(task.continue_prompt(params, prompt))
+    print(text)
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics.write_atomic(folder / f"asked_{step:06d}_{time.strftime('%Y%m%d-%H%M%S')}.txt", text + "\n")
+    return 0
+
+
+def export(recipe, workdir: pathlib.Path, options) -> int:
+    """The checkpoint's weights as a folder that transformers loads."""
+    from jaxvram.convert import gpt2
+
+    if not options.out:
+        raise UserError("--mode=export needs --out=DIR")
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
+    gpt2.save(params, task.model.cfg, options.out)
+    print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
+    return 0
+
+
+def prepare(options) -> int:
+    """Texts to token files."""
+    from jaxvram.data.prepare import prepare as write_shards
+
+    if not options.input or not options.out:
+        raise UserError("--mode=prepare needs --input=FILE_OR_FOLDER and --out=DIR")
+    files = write_shards(options.input, options.out, options.tokenizer, options.shard_tokens, options.workers)
+    print(f"{len(files)} file(s) in {options.out}; train on them with --config.data.path={options.out}")
+    return 0
+
+
+def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True):
+    """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet."""
+    check_workdir(workdir, recipe)
+    task = make_task(recipe, with_data)
+    mesh = make_mesh(recipe.mesh)
+    if recipe.train.init_from and not (workdir / "checkpoints").is_dir():
+        from jaxvram.convert import gpt2
+
+        params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
+        return task, jax.device_put(params, shardings(params, mesh)), 0
+    checkpoints = Checkpoints(workdir)
+    kind = kind if (checkpoints.folder / kind).is_dir() else "latest"
+    weights, meta = checkpoints.restore_weights(kind, make_program(recipe, task, mesh).target)
+    checkpoints.close()
+    return task, weights.get("ema", weights["params"]), meta["step"]

@@ -1,0 +1,275 @@
+"""The training loop: dispatch a step, then read the metrics of the one before; evaluate, save, recover, stop."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+
+import jax
+
+from jaxvram.data.pipeline import batches
+from jaxvram.errors import UserError
+from jaxvram.train import report
+from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
+from jaxvram.train.evaluate import Evaluator
+from jaxvram.train.interrupt import Interrupt
+from jaxvram.train.metrics import MetricsLog, write_atomic
+from jaxvram.train.optimizer import make_optimizer
+from jaxvram.train.progress import Progress
+from jaxvram.train.sharding import local_rows, make_mesh, shardings, to_devices
+from jaxvram.train.step import init_state, make_train_step
+
+REPORT_SECONDS = 60  # at the least between two drawings of report.html
+
+
+@dataclasses.dataclass
+class Program:
+    """The compiled parts of a run, and where its arrays live. Made from a recipe and a task, on any mesh."""
+
+    mesh: jax.sharding.Mesh
+    target: object  # TrainState of shapes with shardings
+    init: object  # jitted: () or (params,) -> TrainState
+    step: object  # jitted: (state, batch) -> (state, metrics), the state donated
+
+
+def make_program(recipe, task, mesh) -> Program:
+    """Nothing runs and nothing is allocated here: a plan lowers the same program for a card that isn't there."""
+    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
+    tx, schedule = make_optimizer(recipe.optimizer, abstract_params, recipe.train.steps)
+    init = functools.partial(init_state, task, tx, recipe.train)
+    target = jax.eval_shape(init)
+    homes = shardings(target, mesh)
+    target = jax.tree.map(lambda s, home: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=home), target, homes)
+    step = make_train_step(task, tx, schedule, recipe.train)
+    return Program(
+        mesh=mesh,
+        target=target,
+        init=jax.jit(init, out_shardings=homes),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
+    )
+
+
+def train(recipe, task, workdir, init_params=None, stream=None) -> dict:
+    """Trains to `recipe.train.steps`, resuming whatever `workdir` holds; returns the last evaluation.
+
+    Args:
+      recipe: a Recipe.
+      task: what is learnt (tasks/).
+      workdir: the run folder; made if need be.
+      init_params: parameters to start from; None: from the seed.
+      stream: where progress goes; None: standard output.
+    Raises:
+      UserError: the folder belongs to another recipe, a checkpoint is damaged, the disk is full, or the run diverged
+        more often than the guard allows.
+    """
+    return Loop(recipe, task, pathlib.Path(workdir), stream).run(init_params)
+
+
+class Loop:
+    """One run. Read `run` first."""
+
+    def __init__(self, recipe, task, workdir: pathlib.Path, stream=None):
+        check_workdir(workdir, recipe)
+        self.recipe, self.task, self.workdir = recipe, task, workdir
+        self.writes = jax.process_index() == 0
+        self.program = make_program(recipe, task, make_mesh(recipe.mesh))
+        cfg = recipe.train
+        self.rows = local_rows(cfg.batch_size, self.program.mesh)
+        self.evaluator = Evaluator(task, recipe.eval, cfg.batch_size // cfg.microbatches, self.program.mesh)
+        self.checkpoints = Checkpoints(workdir)
+        self.best_loss, self.evaluations_since_best, self.rollbacks = math.inf, 0, 0
+        self.last_evaluation: dict = {}
+        self.interrupt = Interrupt()
+        self.stream = stream
+
+    def run(self, init_params=None) -> dict:
+        cfg = self.recipe.train
+        state, start, meta, notes = self._begin(init_params)
+        self.progress = Progress(
+            cfg.steps, start, cfg.batch_size * self.task.units_per_example, self.task.unit,
+            every=cfg.log_every, device=jax.local_devices()[0], stream=self.stream, active=self.writes,
+        )  # fmt: skip
+        self.progress.restore(meta.get("clock", {}))
+        with MetricsLog(self.workdir, active=self.writes) as self.log, self.interrupt.listening():
+            dropped = self.log.truncate_after(start)
+            for note in [*notes, *([f"dropped {dropped} line(s) of metrics after step {start}"] if dropped else [])]:
+                self.progress.note(note)
+            status = "failed"
+            try:
+                self._report("running")
+                state = self._steps(state, start)
+                status = "interrupted" if self.interrupt.received else "finished"
+            except UserError as error:
+                status = f"failed: {error}"
+                raise
+            finally:
+                self.progress.close()
+                self.log.flush()
+                self._report(status)
+                self.checkpoints.wait()
+                self.checkpoints.close()
+        self.final_params = state.eval_params
+        return self.last_evaluation
+
+    def _begin(self, init_params):
+        """The state to go on from: the latest checkpoint's, or a fresh one."""
+        found, notes = look(self.workdir), []
+        if found.unfinished:
+            notes.append(f"found {', '.join(found.unfinished)}: a save that was cut off; it is discarded")
+        if found.step is not None:
+            state, meta = self.checkpoints.restore("latest", self.program.target)
+            self.best_loss, self.rollbacks = meta["best_loss"], meta["rollbacks"]
+            self.evaluations_since_best = meta["evaluations_since_best"]
+            self.last_evaluation = meta["last_evaluation"]
+            notes.append(f"resuming {self.workdir} from its checkpoint of step {found.step}")
+            return state, found.step, meta, notes
+        if self.writes:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.workdir / "config.json", json.dumps(self.recipe.as_dict(), indent=2))
+        if found.unfinished:
+            notes.append("no complete checkpoint: starting from step 0")
+        state = self.program.init() if init_params is None else self.program.init(init_params)
+        return state, 0, {}, notes
+
+    def _steps(self, state, start):
+        """Every step from `start` to the last; after a rollback, from the checkpoint's step on with other batches."""
+        cfg = self.recipe.train
+        while True:
+            offset = int(state.data_offset)
+            pending = None  # the step whose metrics have not been read yet
+            stream = batches(self.task.source, "train", start + offset, cfg.batch_size, self.rows)
+            for step, (_, batch) in zip(range(start + 1, cfg.steps + 1), stream, strict=False):
+                self._profile(step)
+                state, metrics = self.program.step(state, to_devices(batch, cfg.batch_size, self.program.mesh))
+                rolled_back = pending is not None and self._read(*pending)
+                pending = (step, metrics)
+                if rolled_back:
+                    break
+                if self._due(step):
+                    rolled_back, pending = self._read(*pending), None
+                    if rolled_back:
+                        break
+                    if self._evaluate_and_save(state, step):
+                        return state
+            else:
+                self._profile(cfg.steps + 1)
+                return state
+            state, start = self._roll_back(state, step)
+
+    def _due(self, step: int) -> bool:
+        """Is there something to do that the step at hand must be finished for?"""
+        return bool(self.interrupt.received) or self._evaluates(step) or self._saves(step)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.recipe.eval.every
+        return step == self.recipe.train.steps or bool(every and step % every == 0)
+
+    def _saves(self, step: int) -> bool:
+        every = self.recipe.checkpoint.every
+        return step % every == 0 if every and step < self.recipe.train.steps else self._evaluates(step)
+
+    def _read(self, step: int, metrics) -> bool:
+        """Waits for a step, writes its line where one is due; True if the run must go back to its last checkpoint."""
+        metrics["loss"].block_until_ready()
+        if step % self.recipe.train.log_every and not self._due(step) and step < self.recipe.train.steps:
+            return False
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        streak = values.pop("skipped_in_a_row")
+        rate = self.progress.update(step, values)
+        self.log.write(step, values if rate is None else values | {f"{self.task.unit}_per_second": rate})
+        return streak >= self.recipe.train.guard.patience
+
+    def _evaluate_and_save(self, state, step: int) -> bool:
+        """True if the run ends here."""
+        with self.progress.pause():
+            improved = self._evaluates(step) and self._evaluate(state, step)
+            if self._saves(step) or self.interrupt.received:
+                self.log.flush()
+                self.checkpoints.save("latest", step, state, self._meta(step))
+            if improved and self.recipe.checkpoint.best:
+                self.checkpoints.save("best", step, state, {"loss": self.best_loss, "step": step})
+            if time.monotonic() - self.reported > REPORT_SECONDS:
+                self._report("running")
+        if self.interrupt.received:
+            self.checkpoints.wait()
+            self.progress.note(f"{self.interrupt.received.name}: saved step {step}; the same command resumes from here")
+            return True
+        patience = self.recipe.checkpoint.stop_without_improvement
+        if patience and self.evaluations_since_best >= patience:
+            self.progress.note(f"no better validation loss in {patience} evaluations: stopping at step {step}")
+            return True
+        return False
+
+    def _evaluate(self, state, step: int) -> bool:
+        """Losses, scores and samples of the evaluated weights; True if the validation loss is the best so far."""
+        params = state.eval_params
+        if self.recipe.eval.train_split:
+            self.log.write(step, {"loss": self.evaluator(params, "train")}, split="train")
+        loss = self.evaluator(params, "val")
+        self.last_evaluation = {"step": step, "loss": loss, **self.task.scores(params)}
+        values = {name: value for name, value in self.last_evaluation.items() if name != "step"}
+        self.log.write(step, values, split="val")
+        improved = loss < self.best_loss
+        self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
+        self.best_loss = min(loss, self.best_loss)
+        samples = self.task.show(params)
+        if self.writes:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            text = f"\n{'-' * 80}\n".join(samples)
+            write_atomic(folder / f"step_{step:06d}.txt", text + "\n")
+        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.progress.note(f"step {step}: validation {words}{' (best so far)' if improved else ''}")
+        return improved
+
+    def _report(self, status: str) -> None:
+        if self.writes:
+            report.write_report(self.workdir, status, self.progress.state())
+        self.reported = time.monotonic()
+
+    def _meta(self, step: int) -> dict:
+        return {
+            "step": step,
+            "best_loss": self.best_loss,
+            "evaluations_since_best": self.evaluations_since_best,
+            "last_evaluation": self.last_evaluation,
+            "rollbacks": self.rollbacks,
+            "clock": self.progress.state(),
+        }
+
+    def _roll_back(self, state, step: int):
+        """Back to the last checkpoint, and past the batches that led here (as PaLM did, arXiv:2204.02311, 5.1)."""
+        patience, limit = self.recipe.train.guard.patience, self.recipe.train.guard.max_rollbacks
+        self.checkpoints.wait()
+        found = look(self.workdir)
+        if found.step is None or self.rollbacks >= limit:
+            why = f"rolled back {limit} times already" if found.step is not None else "there is no checkpoint to go back to"
+            raise UserError(
+                f"the run diverged: {patience} steps in a row were skipped at step {step}, and {why}; "
+                "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
+            )
+        self.rollbacks += 1
+        jump = int(state.data_offset) + step - found.step
+        state, _ = self.checkpoints.restore("latest", self.program.target)
+        state = state.replace(data_offset=jax.device_put(state.data_offset * 0 + jump, state.data_offset.sharding))
+        self.log.truncate_after(found.step)
+        self.progress.rewind(found.step)
+        self.progress.note(
+            f"{patience} steps in a row were skipped: back to step {found.step}, past the batches up to {step} "
+            f"(rollback {self.rollbacks} of {limit})"
+        )
+        return state, found.step
+
+    def _profile(self, step: int) -> None:
+        """A trace of a few steps, for XProf or Perfetto."""
+        cfg = self.recipe.train
+        if not cfg.profile_start or not self.writes:
+            return
+        end = min(cfg.profile_start + cfg.profile_steps, cfg.steps + 1)
+        if step == cfg.profile_start:
+            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+        elif step == end:
+            jax.profiler.stop_trace()
+            self.progress.note(f"traced steps {cfg.profile_start} to {end - 1}: {self.workdir / 'profile'}")
