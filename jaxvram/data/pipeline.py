@@ -7,7 +7,7 @@ import grain
 
 THREADS = 2
 AHEAD = 2  # groups of batches kept ready
-GROUP_TOKENS = 1 << 15  # a step too short for a hand-over between threads (0.1 to 0.2 ms) gets several batches in one
+GROUP_TOKENS = 1 << 17  # a step too short for a hand-over between threads (0.1 to 0.2 ms) gets several batches in one
 
 
 def batches(

@@ -93,7 +93,7 @@ def find_shards(path: str) -> tuple[list[Path], list[Path]]:
     files = sorted(Path(name) for name in glob.glob(pattern))
     if not files:
         raise UserError(f"no shard matches data.path={path}")
-    val = [file for file in files if "val" in file.name]
+    val = [file for file in files if "val" in file.name and not Path(path).is_file()]  # one file has to be both
     return [file for file in files if file not in val], val
 
 

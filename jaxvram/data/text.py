@@ -155,10 +155,11 @@ def _gpt2(cfg):
 
 
 def text_files(path: Path) -> list[Path]:
-    """The text file `path`, or all texts below the folder `path` in the order of their names."""
+    """The text file `path`, or all texts but empty ones below the folder `path`, in the order of their names."""
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
+    is_text = lambda file: file.suffix.lower() in TEXT_SUFFIXES and file.is_file() and file.stat().st_size
+    files = sorted(filter(is_text, path.rglob("*")))
     if not files:
         raise UserError(f"the folder {path} has no texts ({', '.join(TEXT_SUFFIXES)}), no shards and no train.bin")
     return files
