@@ -14,6 +14,7 @@ from matplotlib.markers import TICKUP
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 WIDE, SMALL = (13.2, 4.3), (4.2, 2.5)  # inches; on the page all charts are shown at about 1.1 times this
+ROUND = (1, 2, 2.5, 5, 10)  # between ticks
 POINTS = 900  # of a curve, at most: more than the pixels it gets
 
 # Role of a line -> its colour in PNG. In SVG each becomes var(--role), so that one drawing serves light and dark pages.
@@ -80,7 +81,7 @@ def loss_figure(train: Curve, val: Curve, train_eval: Curve, skipped: np.ndarray
     smooth = train.without(skipped).smoothed()
     one = len(train.finite().values) == 1
     raw = train.thinned()
-    axes.plot(raw.steps, raw.values, color=colours["train"], alpha=0.3, linewidth=1, marker="o" if one else None)
+    axes.plot(raw.steps, raw.values, color=colours["train"], alpha=0.4, linewidth=1, marker="o" if one else None)
     axes.plot(*_xy(smooth.thinned()), color=colours["train"], linewidth=2)
     for role, curve in {"third": train_eval, "val": val}.items():
         points = curve.finite()
@@ -106,7 +107,7 @@ def curve_figure(curve: Curve, skipped: np.ndarray, colours: dict, role: str = "
     marker = "o" if len(points.values) <= 30 else None
     line = axes.plot(*_xy(points.thinned()), color=colours[role], linewidth=1.8, marker=marker, markersize=3.5)[0]
     if smooth and len(points.values) > 30:
-        line.set(alpha=0.3, linewidth=1)
+        line.set(alpha=0.4, linewidth=1)
         axes.plot(*_xy(curve.without(skipped).smoothed().thinned()), color=colours[role], linewidth=1.8)
     low, high = points.values.min(), points.values.max()
     if smooth and low > 0 and high > 30 * low:
@@ -161,8 +162,8 @@ def _axes(size, colours):
     axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, labelsize=10.5, labelcolor=colours["muted"], pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if size[0] > 6 else 4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6 if size[1] > 3 else 4))
+    axes.xaxis.set_major_locator(MaxNLocator(8 if size[0] > 6 else 4, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(6 if size[1] > 3 else 4, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.margins(x=0.015)
@@ -179,7 +180,7 @@ def _limits(axes, low: float, high: float) -> None:
 
 
 def _name_best(axes, step: float, value: float, colours: dict) -> None:
-    axes.plot([step], [value], marker="o", markersize=8, markerfacecolor="none", markeredgecolor=colours["val"])
+    axes.plot([step], [value], color=colours["val"], marker="o", markersize=8, markerfacecolor="none")
     left, right = axes.get_xlim()
     anchor = "right" if step > (left + right) / 2 else "left"
     axes.annotate(
