@@ -119,7 +119,8 @@ def test_kill_9_and_again(tmp_path):
     code = (
         "from jaxvram.data import prepare as p; import sys\n"
         "p.CHUNK_BYTES = 30_000\n"
-        "if __name__ == '__main__': p.prepare(sys.argv[1], sys.argv[2], shard_tokens=20_000, workers=int(sys.argv[3]))\n"
+        "if __name__ == '__main__':\n"
+        "    p.prepare(sys.argv[1], sys.argv[2], shard_tokens=20_000, workers=int(sys.argv[3]))\n"
     )
     (tmp_path / "main.py").write_text(code)
 

@@ -93,6 +93,10 @@ def test_adder_questions(ndigit, train, val):
     assert [len(x) for x in source.problems("val", 3)] == [3, 3]
 
 
+def test_adder_holds_out_what_mingpt_does():
+    assert adder().problems("val", 3)[0].tolist() == [[7, 4, 1, 5], [7, 7, 2, 7], [8, 8, 2, 8]]
+
+
 def test_adder_rows_learn_only_the_answer():
     source = adder()
     batch = source.batch("train", 0, 100)
