@@ -7,6 +7,7 @@ import sys
 from absl import flags, logging
 
 from jaxvram.errors import UserError, nearest
+from jaxvram.vram.quiet import quiet
 
 MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare")
 
@@ -44,9 +45,11 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     recipe_file, argv = _take_recipe(argv)
     options, overrides = _options(argv)
-    if "--help" in overrides or "-h" in overrides or len(argv) == 1 and not recipe_file:
+    if "--help" in overrides or "-h" in overrides or (len(argv) == 1 and not recipe_file):
         print(USAGE)
         return 0
+    with quiet():  # with the planner's CUDA libraries installed, importing JAX already speaks
+        import jax  # noqa: F401
     if options.card == "list":
         from jaxvram.vram import cards
 
@@ -144,7 +147,7 @@ def _override(config, arguments: list[str]) -> None:
                 raise UserError(f"{'.'.join(path[: depth + 1])} is no field of this recipe{nearest(key, valid)}")
             section = section[key]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
         values(arguments)
     except (flags.Error, TypeError, ValueError) as error:
