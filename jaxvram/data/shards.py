@@ -7,6 +7,7 @@ llm.c `f1e2ace`: 256 int32 of header (magic 20240520, version 1, number of token
 import glob
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801  # llm.c's uint32 shards of Llama-3 tokens
 HEADER_BYTES = 256 * 4
 TOKEN = np.dtype("<u2")
+_VAL = re.compile(r"(?<![a-z])val", re.IGNORECASE)
 MAX_META_BYTES = 1 << 24  # 65,536 characters need 2 MB
 
 
@@ -86,14 +88,16 @@ class TokenWriter:
 
 
 def find_shards(path: str) -> tuple[list[Path], list[Path]]:
-    """(train files, val files) of a shard, a folder of shards or a glob; a val shard has `val` in its name."""
+    """(train files, val files) of a shard, a folder of shards or a glob; a val shard has a word `val...` in its name."""
     pattern = path
     if Path(path).exists():  # then brackets and stars are part of its name
         pattern = glob.escape(path) if Path(path).is_file() else os.path.join(glob.escape(path), "*.bin")
     files = sorted(Path(name) for name in glob.glob(pattern))
     if not files:
         raise UserError(f"no shard matches data.path={path}")
-    val = [file for file in files if "val" in file.name and not Path(path).is_file()]  # one file has to be both
+    if Path(path).is_file():  # has to be both
+        return files, []
+    val = [file for file in files if _VAL.search(file.name)]
     return [file for file in files if file not in val], val
 
 

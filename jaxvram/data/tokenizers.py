@@ -92,14 +92,14 @@ def gpt2_tokenizer(vocab_path: str | None = None, download: bool = True) -> GPT2
     Local places come first since tiktoken.get_encoding asks the network without a time limit.
     """
     if vocab_path is not None:
-        return GPT2Tokenizer(_read_ranks(_vocabulary_in(Path(vocab_path).expanduser())))
+        return _read(_vocabulary_in(Path(vocab_path).expanduser()))
     for file in _places():
         if file.is_file():
-            return GPT2Tokenizer(_read_ranks(file))
+            return _read(file)
     if not download:
         raise UserError(NO_VOCABULARY.format(reason="and data.download=False"))
     try:
-        return GPT2Tokenizer(_read_ranks(fetch(GPT2_URL, cache_dir() / "gpt2" / "encoder.json", GPT2_SHA256)))
+        return _read(fetch(GPT2_URL, cache_dir() / "gpt2" / "encoder.json", GPT2_SHA256))
     except UserError as error:
         raise UserError(NO_VOCABULARY.format(reason=error)) from error
 
@@ -122,20 +122,24 @@ def _places():
     yield Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache") / hashlib.sha1(GPT2_URL.encode()).hexdigest()
 
 
-def _read_ranks(file: Path) -> dict[bytes, int]:
-    """Token bytes -> id from an encoder.json. The ids are the merge order, so vocab.bpe has nothing to add."""
-    byte_of_char = _byte_of_char()
+def _read(file: Path) -> GPT2Tokenizer:
     try:
-        vocabulary = json.loads(file.read_text(encoding="utf-8"))
-        ranks = {bytes(byte_of_char[c] for c in token): i for token, i in vocabulary.items() if i != GPT2_EOT}
-        whole = _digest(ranks) == GPT2_DIGEST
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        return _from_json(file.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is damaged or is not GPT-2's vocabulary: replace it with OpenAI's encoder.json ({GPT2_URL})"
-        )
-    return ranks
+        ) from error
+
+
+@functools.lru_cache(maxsize=1)  # half a second
+def _from_json(encoder_json: bytes) -> GPT2Tokenizer:
+    """The ids of encoder.json are the merge order, so vocab.bpe has nothing to add. Raises ValueError and its like."""
+    byte_of_char = _byte_of_char()
+    ids = json.loads(encoder_json.decode("utf-8"))
+    ranks = {bytes(byte_of_char[c] for c in token): i for token, i in ids.items() if i != GPT2_EOT}
+    if _digest(ranks) != GPT2_DIGEST:
+        raise ValueError("another vocabulary")
+    return GPT2Tokenizer(ranks)
 
 
 def _digest(ranks: dict[bytes, int]) -> str:
@@ -145,7 +149,6 @@ def _digest(ranks: dict[bytes, int]) -> str:
     ).hexdigest()
 
 
-@functools.cache
 def _byte_of_char() -> dict[str, int]:
     """GPT-2 writes each byte as one printable character: itself where it is one, else the next from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

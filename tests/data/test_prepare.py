@@ -185,7 +185,7 @@ def test_bad_input(texts, tmp_path):
             run(texts / "short.txt", tmp_path / f"short_{tokenizer}", tokenizer, val_fraction=0.999)
         assert not list((tmp_path / f"short_{tokenizer}").glob("*.bin*"))
     (texts / "c.txt").write_bytes(b"line\n" * 100 + b"\xff\xfe")
-    for workers in (1, 2):
+    for workers in (1, 2):  # the error crosses from a worker process unharmed
         with pytest.raises(UserError, match=r"c\.txt is not UTF-8 text \(byte 500 is 0xff\)"):
             run(texts, tmp_path / f"bad{workers}", shard_tokens=10**6, workers=workers)
         assert not list((tmp_path / f"bad{workers}").glob("*.part"))

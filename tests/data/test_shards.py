@@ -57,11 +57,11 @@ def test_damaged_shards(tmp_path, what, message):
 
 
 def test_folder_file_and_glob(tmp_path):
-    for i, name in enumerate(["x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin"]):
+    for i, name in enumerate(["interval_000001.bin", "x_train_000002.bin", "x_val_000000.bin"]):
         shards.write_shard(tmp_path / name, tokens[i * 1000 : i * 1000 + 500 + i * 100])
     whole = load(DataConfig(tokenizer="gpt2", path=str(tmp_path)), 8, 0)
     assert "1,100 tokens to train on, 700 held out" in whole.description
-    train = load(DataConfig(tokenizer="gpt2", path=str(tmp_path / "*train*.bin"), val_fraction=0.6), 8, 0)
+    train = load(DataConfig(tokenizer="gpt2", path=str(tmp_path / "*[12].bin"), val_fraction=0.6), 8, 0)
     assert "440 tokens to train on, 660 held out" in train.description  # the cut lies inside the first shard
     one = load(DataConfig(tokenizer="gpt2", path=str(tmp_path / "x_val_000000.bin")), 8, 0)
     assert "630 tokens to train on, 70 held out" in one.description
@@ -69,7 +69,7 @@ def test_folder_file_and_glob(tmp_path):
         load(DataConfig(tokenizer="gpt2", path=str(tmp_path / "y*.bin")), 8, 0)
     with pytest.raises(UserError, match=r"data\.tokenizer=gpt2"):
         load(DataConfig(path=str(tmp_path)), 8, 0)
-    (tmp_path / "x_train_000001.bin").unlink(), (tmp_path / "x_train_000002.bin").unlink()
+    (tmp_path / "interval_000001.bin").unlink(), (tmp_path / "x_train_000002.bin").unlink()
     with pytest.raises(UserError, match="val shards alone"):
         load(DataConfig(tokenizer="gpt2", path=str(tmp_path)), 8, 0)
 
