@@ -5,7 +5,7 @@
   python launch.py --config=configs/gpt2.py --mode=plan --card=rtx4070
 
   variant  parameters  card      time                planned peak  loss to expect
-  124m         124 M   RTX 4070  4 days for 10B      2.8 GiB       3.28 to 3.29 on FineWeb's val shard after 10B tokens (llm.c);
+  124m         124 M   RTX 4070  4 days for 10B      2.8 GiB       3.28 to 3.29 on FineWeb's val shard (llm.c's own run);
                                                                    OpenAI's own weights: 3.425
   medium       354 M   RTX 4070  2 weeks for 10B     6.5 GiB       OpenAI's weights: 3.083
   large        774 M   RTX 4070  4 weeks for 10B     9.5 GiB       OpenAI's weights: 3.001

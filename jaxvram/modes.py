@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -11,7 +12,7 @@ from jaxvram import data
 from jaxvram.errors import UserError
 from jaxvram.models import MODELS
 from jaxvram.tasks.language import LanguageTask
-from jaxvram.train import metrics, report
+from jaxvram.train import metrics
 from jaxvram.train.checkpoint import Checkpoints, check_workdir
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop, make_program
@@ -120,3 +121,30 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     weights, meta = checkpoints.restore_weights(kind, make_program(recipe, task, mesh).target)
     checkpoints.close()
     return task, weights.get("ema", weights["params"]), meta["step"]
+
+
+def plan(recipe, workdir: pathlib.Path, options) -> int:
+    """What init, train step and sampling need on a card, and whether they fit; plan.json and plan.png."""
+    from jaxvram.vram import plan as planner
+
+    card = planner.choose_card(options.card)
+    made = planner.make_plan(planner.programs(recipe, make_task(recipe, with_data=False)), card, _say)
+    print(planner.text(made, f"python launch.py --config=configs/{recipe.name}.py:{recipe.variant} --mode=fit --card={card.name}"))
+    for path in planner.write(made, workdir):
+        print(path)
+    return 0
+
+
+def fit(recipe, workdir: pathlib.Path, options) -> int:
+    """The fastest microbatch and remat that fit a card, and the overrides to paste."""
+    from jaxvram.vram import fit as fitter
+    from jaxvram.vram import plan as planner
+
+    card = planner.choose_card(options.card)
+    found = fitter.fit_recipe(recipe, lambda recipe: make_task(recipe, with_data=False), card, _say)
+    print(fitter.text(found))
+    return 0 if found.best else 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -33,7 +33,7 @@ class CausalSelfAttention(nn.Module):
     """One matrix for q, k and v, one for the result; dropout on probabilities and on the result, as in GPT-2."""
 
     n_head: int
-    dense: functools.partial  # of nn.Dense, with dtypes and bias as the architecture has them
+    dense: functools.partial  # of Linear, with dtypes and bias as the architecture has them
     kernel_init: nn.initializers.Initializer
     proj_init: nn.initializers.Initializer
     dropout: float = 0.0

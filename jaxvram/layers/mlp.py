@@ -5,8 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 
+
+def gelu(x):
+    """x Phi(x), exactly. jax.nn.gelu takes erfc, whose derivative costs XLA:CPU a third of a small model's train step."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # x Phi(x), by erf: nanoGPT
+    "gelu": gelu,  # nanoGPT
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel's tanh form: OpenAI, minGPT, llm.c
 }
 
@@ -16,7 +22,7 @@ class MLP(nn.Module):
 
     hidden: int
     activation: str
-    dense: functools.partial  # of nn.Dense, with dtypes and bias as the architecture has them
+    dense: functools.partial  # of Linear, with dtypes and bias as the architecture has them
     kernel_init: nn.initializers.Initializer
     proj_init: nn.initializers.Initializer
     dropout: float = 0.0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxvram.errors import UserError, nearest
 from jaxvram.layers.attention import CausalSelfAttention, KVCache
 from jaxvram.layers.embeddings import Embed
+from jaxvram.layers.linear import Linear
 from jaxvram.layers.mlp import ACTIVATIONS, MLP
 from jaxvram.layers.norms import LayerNorm
 from jaxvram.layers.stack import REMAT, Stack
@@ -56,7 +57,7 @@ class GPT2Config:
 
 
 def _dense(cfg: GPT2Config):
-    return functools.partial(nn.Dense, use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+    return functools.partial(Linear, use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
 
 
 class Block(nn.Module):
