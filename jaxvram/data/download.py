@@ -91,15 +91,19 @@ def _lock(dest: Path):
 def _complete(url: str, part: Path, sha256: str) -> bool:
     """Bring `part` to its full length. False, and `part` is gone, if its content is wrong then."""
     digest = hashlib.sha256()
-    with open(part, "ab+") as file:
-        file.seek(0)
-        while block := file.read(BLOCK):
-            digest.update(block)
-        if digest.hexdigest() != sha256:  # equal: an earlier run ended between the last byte and the rename
-            digest = _append(url, file, digest)
+    try:
+        with open(part, "ab+") as file:
+            file.seek(0)
+            while block := file.read(BLOCK):
+                digest.update(block)
+            if digest.hexdigest() != sha256:  # equal: an earlier run ended between the last byte and the rename
+                digest = _append(url, file, digest)
+    finally:
+        if part.exists() and part.stat().st_size == 0:  # no network: nothing to resume
+            part.unlink()
     if digest.hexdigest() == sha256:
         return True
-    part.unlink()
+    part.unlink(missing_ok=True)
     return False
 
 
