@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     # JAX takes 75 % of a card by default; on 12 GB the rest is worth having. Before JAX is imported.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs, with its traceback, what it then raises
     try:
         return _run(argv)
     except UserError as error:

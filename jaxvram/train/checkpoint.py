@@ -4,17 +4,25 @@ Orbax writes into a temporary folder and renames it when it is complete, so a ki
 before it whole. The old one is deleted only after that. Saving goes on beside the next steps.
 """
 
-import contextlib
 import dataclasses
+import errno
+import gc
 import json
 import pathlib
 import re
+import shutil
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvram.errors import UserError
+from jaxvram.train.optimizer import path_name
+from jaxvram.vram.quiet import quiet
 
 KINDS = ("latest", "best")
 
@@ -34,9 +42,9 @@ class Found:
     unfinished: list[str]
 
 
-def look(workdir: pathlib.Path) -> Found:
+def look(workdir: pathlib.Path, kind: str = "latest") -> Found:
     """Reads folder names only; nothing is opened, repaired or deleted."""
-    folder = workdir / "checkpoints" / "latest"
+    folder = workdir / "checkpoints" / kind
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     steps = [int(name) for name in names if name.isdigit()]
     return Found(max(steps, default=None), sorted(name for name in names if re.match(r"\d+\.", name)))
@@ -56,11 +64,16 @@ class Checkpoints:
           UserError: the disk is full or not writable.
         """
         weights, rest = split(state)
-        items = {"weights": ocp.args.StandardSave(weights), "meta": ocp.args.JsonSave(meta)}
+        parts = {"weights": weights} if kind == "best" else {"weights": weights, "rest": rest}
+        items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        items["meta"] = ocp.args.JsonSave(meta | {"step": step, "inventory": _inventory(parts)})
         if kind == "latest":
-            items["rest"] = ocp.args.StandardSave(rest)
-        with self._explain("save", step, kind):
-            self._manager(kind).save(step, args=ocp.args.Composite(**items), force=True)
+            self.wait()  # so that whoever finds it also finds what was best before it
+        manager = self._manager(kind)
+        # A run that was set back reaches the step of a best checkpoint again, with other weights perhaps: a number of its
+        # own keeps the old one until the new one is complete.
+        number = max(step, (manager.latest_step() or 0) + 1) if kind == "best" else step
+        self._try("save", number, kind, lambda: manager.save(number, args=ocp.args.Composite(**items), force=True))
 
     def restore(self, kind: str, target):
         """(state, meta) of the latest or best checkpoint. `target`: a TrainState of shapes with shardings.
@@ -68,69 +81,120 @@ class Checkpoints:
         Raises:
           UserError: there is none, it does not fit the target, or it is damaged.
         """
-        step = self._step(kind)
         weights, rest = split(target)
-        args = {"weights": ocp.args.StandardRestore(weights), "rest": ocp.args.StandardRestore(rest)}
-        with self._explain("restore", step, kind):
-            items = self._manager(kind).restore(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()))
-        return target.replace(**items["weights"], **items["rest"]), items["meta"]
+        items, meta = self._restore(kind, {"weights": weights, "rest": rest})
+        return target.replace(**items["weights"], **items["rest"]), meta
 
     def restore_weights(self, kind: str, target):
         """({'params', 'ema'}, meta) alone: all that evaluation and sampling need."""
-        step = self._step(kind)
-        args = ocp.args.Composite(weights=ocp.args.StandardRestore(split(target)[0]), meta=ocp.args.JsonRestore())
-        with self._explain("restore", step, kind):
-            items = self._manager(kind).restore(step, args=args)
-        return items["weights"], items["meta"]
+        items, meta = self._restore(kind, {"weights": split(target)[0]})
+        return items["weights"], meta
 
-    def best_loss(self) -> float:
-        """Validation loss of checkpoints/best, infinite without one."""
-        step = self._manager("best").latest_step() if (self.folder / "best").is_dir() else None
-        if step is None:
-            return float("inf")
-        with self._explain("restore", step, "best"):
-            meta = self._manager("best").restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return meta["loss"]
+    def _restore(self, kind: str, targets: dict[str, Any]):
+        step = self._step(kind)
+        path, manager = self.folder / kind / str(step), self._manager(kind)
+        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+
+        def read():
+            meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            _check_fits(path, meta["inventory"], targets)
+            items = manager.restore(step, args=ocp.args.Composite(**args))
+            found = _inventory({name: items[name] for name in targets})
+            if any(meta["inventory"][name] != entry for name, entry in found.items()):
+                raise ValueError("its arrays are not those that were saved")
+            return items, meta
+
+        return self._try("restore", step, kind, read)
+
+    def best_step(self) -> int | None:
+        """Step of the weights in checkpoints/best."""
+        number = look(self.folder.parent, "best").step
+        if number is None:
+            return None
+        meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._try("restore", number, "best", lambda: self._manager("best").restore(number, args=meta))["meta"]["step"]
+
+    def discard_unfinished(self) -> None:
+        """Deletes what a save that was cut off has left; for the process that will save, before it does."""
+        for kind in KINDS:
+            for name in look(self.folder.parent, kind).unfinished:
+                shutil.rmtree(self.folder / kind / name, ignore_errors=True)
 
     def wait(self) -> None:
         """Until everything begun is on disk."""
         for kind, manager in self._managers.items():
-            with self._explain("save", manager.latest_step(), kind):
-                manager.wait_until_finished()
+            self._try("save", manager.latest_step(), kind, manager.wait_until_finished)
 
     def close(self) -> None:
-        for manager in self._managers.values():
-            manager.close()
-        self._managers = {}
+        managers, self._managers = self._managers, {}
+        for kind, manager in managers.items():
+            self._try("save", manager.latest_step(), kind, manager.close)
 
     def _step(self, kind: str) -> int:
-        step = self._manager(kind).latest_step() if (self.folder / kind).is_dir() else None
-        if step is None:
+        if (step := look(self.folder.parent, kind).step) is None:
             raise UserError(f"there is no checkpoint in {self.folder / kind}; train first, or set --workdir")
         return step
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         if kind not in self._managers:
             options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-            with self._explain("open", None, kind):
-                self._managers[kind] = ocp.CheckpointManager(self.folder / kind, options=options)
+            open_it = lambda: ocp.CheckpointManager(self.folder / kind, options=options)
+            self._managers[kind] = self._try("open", None, kind, open_it)
         return self._managers[kind]
 
-    @contextlib.contextmanager
-    def _explain(self, what: str, step: int | None, kind: str):
-        path = self.folder / kind / str(step)
+    def _try(self, what: str, step: int | None, kind: str, action: Callable[[], Any]):
+        """action(); a failure of Orbax or TensorStore, which raise a dozen types, as one line."""
+        path = self.folder / kind / str(step or "")
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise a dozen types, and chain the one that tells
-            reason = " ".join(str(error).split())[:300]
-            if what == "save" or isinstance(error, OSError) and error.errno in (28, 13, 30):
-                raise UserError(f"could not write {path}: {reason}; free some space and run the same command") from error
-            if "hape" in reason or "tree" in reason.lower() and "match" in reason.lower():
-                raise UserError(f"checkpoint {path} is of another model than this recipe's: {reason}") from error
-            others = "delete that folder to start anew, or give another --workdir"
-            raise UserError(f"checkpoint {path} is damaged ({type(error).__name__}: {reason}); {others}") from error
+            with quiet():  # after a failure both drop tasks that Python reports one by one, as they are collected
+                try:
+                    return action()
+                except UserError:
+                    raise
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+                gc.collect()
+        finally:
+            sys.unraisablehook = hook
+        if what == "save" or unwritable:
+            raise UserError(f"could not write {path} ({reason}); free some space and run the same command")
+        raise UserError(f"checkpoint {path} is damaged ({reason}); delete that folder to start anew, or give another --workdir")
+
+
+@jax.jit
+def _checksums(leaves: list) -> jax.Array:
+    """The sum of the bits of each, as integers: exact in any order, so the same on every mesh."""
+    words = lambda x: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.stack([words(x).astype(jnp.uint32).sum() for x in leaves])
+
+
+def _inventory(parts: dict[str, Any]) -> dict[str, list]:
+    """{path: [shape, dtype, checksum]} of every array."""
+    entries = {}
+    for part in parts.values():
+        leaves = jax.tree_util.tree_leaves_with_path(part)
+        sums = np.asarray(_checksums([x for _, x in leaves])).tolist()
+        entries |= {path_name(p): [*_kind(x), n] for (p, x), n in zip(leaves, sums, strict=True)}
+    return entries
+
+
+def _kind(x) -> list:
+    return [list(x.shape), str(x.dtype)]
+
+
+def _check_fits(path: pathlib.Path, inventory: dict[str, list], targets: dict[str, Any]) -> None:
+    """Before anything is read: does a checkpoint have the arrays that are asked for? Orbax would say so at great length."""
+    there = {name: entry[:2] for name, entry in inventory.items()}
+    here = {path_name(p): _kind(x) for part in targets.values() for p, x in jax.tree_util.tree_leaves_with_path(part)}
+    words = lambda kind: "missing" if kind is None else f"{tuple(kind[0])} {kind[1]}"
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name) and (name in here or "rest" in targets):
+            raise UserError(
+                f"checkpoint {path} does not fit this recipe: {name} is {words(there.get(name))} there and "
+                f"{words(here.get(name))} here; set model and optimizer as they were, or give another --workdir"
+            )
 
 
 def split(state) -> tuple[dict, dict]:
