@@ -82,16 +82,18 @@ def loss_figure(train: Curve, val: Curve, train_eval: Curve, skipped: np.ndarray
     one = len(train.finite().values) == 1
     raw = train.thinned()
     axes.plot(raw.steps, raw.values, color=colours["train"], alpha=0.4, linewidth=1, marker="o" if one else None)
-    axes.plot(*_xy(smooth.thinned()), color=colours["train"], linewidth=2)
-    for role, curve in {"third": train_eval, "val": val}.items():
+    axes.plot(*_xy(smooth.thinned()), color=colours["train"], linewidth=2, label="training" if train else None)
+    for role, curve, label in (("third", train_eval, "training split, evaluated"), ("val", val, "validation")):
         points = curve.finite()
         marker = "o" if len(points.values) <= 60 else None
-        axes.plot(*_xy(points.thinned()), color=colours[role], linewidth=2, marker=marker, markersize=4)
+        label = label if curve else None
+        axes.plot(*_xy(points.thinned()), color=colours[role], linewidth=2, marker=marker, markersize=4, label=label)
     if val:
         points = val.finite()
         best = int(points.values.argmin())
-        _name_best(axes, points.steps[best], points.values[best], colours)
-    shown = np.concatenate([train.finite().values, val.finite().values, train_eval.finite().values])
+        beside = np.interp(points.steps[best], smooth.steps, smooth.values) if train else -np.inf
+        _name_best(axes, points.steps[best], points.values[best], colours, below=beside > points.values[best])
+    shown = np.concatenate([train.without(skipped).finite().values, val.finite().values, train_eval.finite().values])
     if len(shown):
         # A spike may leave the picture: it is marked, and would flatten everything else.
         kept = np.concatenate([smooth.values, val.finite().values, [np.quantile(shown, 0.995)]])
@@ -139,7 +141,10 @@ def svg(draw: Callable[[dict], Figure], label: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
+    """With a legend, which on the page is HTML."""
     figure.set_facecolor("white")
+    figure.axes[0].legend(loc="upper right", frameon=False, fontsize=11, labelcolor="linecolor")
+    figure.axes[0].set_title("loss by step", loc="left", fontsize=11, color=COLOURS["muted"], y=1, pad=-2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -154,8 +159,10 @@ def short(value: float, _position=None) -> str:
 
 
 def _axes(size, colours):
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.set_facecolor("none")
+    figure = Figure(figsize=size, dpi=100, facecolor="none")
+    width, height = size
+    # Fixed room for labels (inches): a layout engine would cost more than all the rest of the drawing.
+    figure.subplots_adjust(left=0.68 / width, right=1 - 0.12 / width, bottom=0.34 / height, top=1 - 0.12 / height)
     axes = figure.add_subplot(facecolor="none")
     for side, spine in axes.spines.items():
         spine.set(visible=side == "bottom", color=colours["muted"], linewidth=0.8)
@@ -179,14 +186,14 @@ def _limits(axes, low: float, high: float) -> None:
     axes.set_ylim(low - margin if low else 0 if high > 0 else -margin, high + margin)
 
 
-def _name_best(axes, step: float, value: float, colours: dict) -> None:
+def _name_best(axes, step: float, value: float, colours: dict, below: bool) -> None:
     axes.plot([step], [value], color=colours["val"], marker="o", markersize=8, markerfacecolor="none")
     left, right = axes.get_xlim()
     anchor = "right" if step > (left + right) / 2 else "left"
     axes.annotate(
         f"best {value:.4f}",
         (step, value),
-        (0, 10),
+        (0, -18 if below else 10),
         textcoords="offset points",
         ha=anchor,
         fontsize=11,
