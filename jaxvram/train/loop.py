@@ -1,13 +1,17 @@
 """The training loop: dispatch a step, then read the metrics of the one before; evaluate, save, recover, stop."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
+import signal
 import time
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxvram.data.pipeline import batches
 from jaxvram.errors import UserError
@@ -79,9 +83,10 @@ class Loop:
         self.rows = local_rows(cfg.batch_size, self.program.mesh)
         self.evaluator = Evaluator(task, recipe.eval, cfg.batch_size // cfg.microbatches, self.program.mesh)
         self.checkpoints = Checkpoints(workdir)
-        self.best_loss, self.evaluations_since_best, self.rollbacks = math.inf, 0, 0
+        self.best_loss, self.best_step, self.evaluations_since_best, self.rollbacks = math.inf, 0, 0, 0
         self.last_evaluation: dict = {}
-        self.interrupt = Interrupt()
+        self.interrupt, self.stopping = Interrupt(), False
+        self.tracing = False
         self.stream = stream
 
     def run(self, init_params=None) -> dict:
@@ -100,16 +105,13 @@ class Loop:
             try:
                 self._report("running")
                 state = self._steps(state, start)
-                status = "interrupted" if self.interrupt.received else "finished"
+                self.checkpoints.wait()
+                status = "interrupted" if self.stopping else "finished"
             except UserError as error:
                 status = f"failed: {error}"
                 raise
             finally:
-                self.progress.close()
-                self.log.flush()
-                self._report(status)
-                self.checkpoints.wait()
-                self.checkpoints.close()
+                self._end(status)
         self.final_params = state.eval_params
         return self.last_evaluation
 
@@ -118,35 +120,50 @@ class Loop:
         found, notes = look(self.workdir), []
         if found.unfinished:
             notes.append(f"found {', '.join(found.unfinished)}: a save that was cut off; it is discarded")
+        if self.writes:
+            self.checkpoints.discard_unfinished()
         if found.step is not None:
             state, meta = self.checkpoints.restore("latest", self.program.target)
-            self.best_loss, self.rollbacks = meta["best_loss"], meta["rollbacks"]
+            self.best_loss, self.best_step, self.rollbacks = meta["best_loss"], meta["best_step"], meta["rollbacks"]
             self.evaluations_since_best = meta["evaluations_since_best"]
             self.last_evaluation = meta["last_evaluation"]
+            if meta["best_step"] == found.step != self.checkpoints.best_step() and self.recipe.checkpoint.best:
+                self.checkpoints.save("best", found.step, state, {"loss": self.best_loss})  # a kill came between the two
             notes.append(f"resuming {self.workdir} from its checkpoint of step {found.step}")
-            return state, found.step, meta, notes
+        else:
+            state, meta = self.program.init() if init_params is None else self.program.init(init_params), {}
+            if found.unfinished:
+                notes.append("no complete checkpoint: starting from step 0")
         if self.writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_atomic(self.workdir / "config.json", json.dumps(self.recipe.as_dict(), indent=2))
-        if found.unfinished:
-            notes.append("no complete checkpoint: starting from step 0")
-        state = self.program.init() if init_params is None else self.program.init(init_params)
-        return state, 0, {}, notes
+        return state, found.step or 0, meta, notes
+
+    def _end(self, status: str) -> None:
+        """Whatever happened: each of these gets its turn, also when one before it fails (a full disk)."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            stack.callback(self._report, status)
+            stack.callback(self.log.flush)
+            stack.callback(self.progress.close)
+            if self.tracing:
+                jax.profiler.stop_trace()
 
     def _steps(self, state, start):
         """Every step from `start` to the last; after a rollback, from the checkpoint's step on with other batches."""
         cfg = self.recipe.train
-        while True:
+        while not self._out_of_patience(start):
             offset = int(state.data_offset)
             pending = None  # the step whose metrics have not been read yet
             stream = batches(self.task.source, "train", start + offset, cfg.batch_size, self.rows)
             for step, (_, batch) in zip(range(start + 1, cfg.steps + 1), stream, strict=False):
-                self._profile(step)
+                self._profile(step, state)
                 state, metrics = self.program.step(state, to_devices(batch, cfg.batch_size, self.program.mesh))
                 rolled_back = pending is not None and self._read(*pending)
                 pending = (step, metrics)
                 if rolled_back:
                     break
+                self._agree_to_stop(step)
                 if self._due(step):
                     rolled_back, pending = self._read(*pending), None
                     if rolled_back:
@@ -154,13 +171,23 @@ class Loop:
                     if self._evaluate_and_save(state, step):
                         return state
             else:
-                self._profile(cfg.steps + 1)
+                self._profile(cfg.steps + 1, state)
                 return state
             state, start = self._roll_back(state, step)
+        return state
+
+    def _agree_to_stop(self, step: int) -> None:
+        """Was a signal received? Several processes must stop at the same step, so they ask each other now and then."""
+        if jax.process_count() == 1:
+            self.stopping = self.interrupt.received is not None
+        elif step % self.recipe.train.log_every == 0:
+            received = multihost_utils.process_allgather(np.int32(self.interrupt.received or 0)).max()
+            if received:
+                self.stopping, self.interrupt.received = True, signal.Signals(int(received))
 
     def _due(self, step: int) -> bool:
         """Is there something to do that the step at hand must be finished for?"""
-        return bool(self.interrupt.received) or self._evaluates(step) or self._saves(step)
+        return self.stopping or self._evaluates(step) or self._saves(step)
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval.every
@@ -173,34 +200,39 @@ class Loop:
     def _read(self, step: int, metrics) -> bool:
         """Waits for a step, writes its line where one is due; True if the run must go back to its last checkpoint."""
         metrics["loss"].block_until_ready()
-        if step % self.recipe.train.log_every and not self._due(step) and step < self.recipe.train.steps:
+        logs = step % self.recipe.train.log_every == 0 or self._evaluates(step)
+        if not logs and not self._due(step):
             return False
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         streak = values.pop("skipped_in_a_row")
         rate = self.progress.update(step, values)
-        self.log.write(step, values if rate is None else values | {f"{self.task.unit}_per_second": rate})
+        if logs:
+            self.log.write(step, values if rate is None else values | {f"{self.task.unit}_per_second": rate})
         return streak >= self.recipe.train.guard.patience
 
     def _evaluate_and_save(self, state, step: int) -> bool:
         """True if the run ends here."""
         with self.progress.pause():
             improved = self._evaluates(step) and self._evaluate(state, step)
-            if self._saves(step) or self.interrupt.received:
+            stops = self._out_of_patience(step)
+            if self._saves(step) or self.stopping or stops:
                 self.log.flush()
-                self.checkpoints.save("latest", step, state, self._meta(step))
+                self.checkpoints.save("latest", step, state, self._meta())
             if improved and self.recipe.checkpoint.best:
-                self.checkpoints.save("best", step, state, {"loss": self.best_loss, "step": step})
+                self.checkpoints.save("best", step, state, {"loss": self.best_loss})
             if time.monotonic() - self.reported > REPORT_SECONDS:
                 self._report("running")
-        if self.interrupt.received:
+        if self.stopping:
             self.checkpoints.wait()
             self.progress.note(f"{self.interrupt.received.name}: saved step {step}; the same command resumes from here")
-            return True
+        return self.stopping or stops
+
+    def _out_of_patience(self, step: int) -> bool:
         patience = self.recipe.checkpoint.stop_without_improvement
-        if patience and self.evaluations_since_best >= patience:
-            self.progress.note(f"no better validation loss in {patience} evaluations: stopping at step {step}")
-            return True
-        return False
+        if not patience or self.evaluations_since_best < patience:
+            return False
+        self.progress.note(f"no better validation loss in {patience} evaluations: stopping at step {step}")
+        return True
 
     def _evaluate(self, state, step: int) -> bool:
         """Losses, scores and samples of the evaluated weights; True if the validation loss is the best so far."""
@@ -213,7 +245,8 @@ class Loop:
         self.log.write(step, values, split="val")
         improved = loss < self.best_loss
         self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
-        self.best_loss = min(loss, self.best_loss)
+        if improved:
+            self.best_loss, self.best_step = loss, step
         samples = self.task.show(params)
         if self.writes:
             folder = self.workdir / "samples"
@@ -229,10 +262,10 @@ class Loop:
             report.write_report(self.workdir, status, self.progress.state())
         self.reported = time.monotonic()
 
-    def _meta(self, step: int) -> dict:
+    def _meta(self) -> dict:
         return {
-            "step": step,
             "best_loss": self.best_loss,
+            "best_step": self.best_step,
             "evaluations_since_best": self.evaluations_since_best,
             "last_evaluation": self.last_evaluation,
             "rollbacks": self.rollbacks,
@@ -262,14 +295,16 @@ class Loop:
         )
         return state, found.step
 
-    def _profile(self, step: int) -> None:
-        """A trace of a few steps, for XProf or Perfetto."""
+    def _profile(self, step: int, state) -> None:
+        """A trace of a few steps, for XProf or Perfetto; `step` is about to begin."""
         cfg = self.recipe.train
-        if not cfg.profile_start or not self.writes:
-            return
         end = min(cfg.profile_start + cfg.profile_steps, cfg.steps + 1)
-        if step == cfg.profile_start:
-            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
-        elif step == end:
+        if self.tracing and step >= end:
+            jax.block_until_ready(state.params)
             jax.profiler.stop_trace()
+            self.tracing = False
             self.progress.note(f"traced steps {cfg.profile_start} to {end - 1}: {self.workdir / 'profile'}")
+        elif cfg.profile_start and step == cfg.profile_start and self.writes:
+            jax.block_until_ready(state.params)
+            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+            self.tracing = True
