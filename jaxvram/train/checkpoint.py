@@ -33,6 +33,10 @@ class CheckpointConfig:
     best: bool = True  # keep the weights of the lowest validation loss as well
     stop_without_improvement: int = 0  # evaluations without a new best before the run ends; 0: never
 
+    def __post_init__(self):
+        if min(self.every, self.stop_without_improvement) < 0:
+            raise UserError("checkpoint: every and stop_without_improvement must not be negative")
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -160,7 +164,8 @@ class Checkpoints:
             sys.unraisablehook = hook
         if what == "save" or unwritable:
             raise UserError(f"could not write {path} ({reason}); free some space and run the same command")
-        raise UserError(f"checkpoint {path} is damaged ({reason}); delete that folder to start anew, or give another --workdir")
+        others = "delete that folder to start anew, or give another --workdir"
+        raise UserError(f"checkpoint {path} is damaged ({reason}); {others}")
 
 
 @jax.jit

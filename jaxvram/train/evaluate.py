@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from jaxvram.errors import UserError
 from jaxvram.train.sharding import local_rows, to_devices
 
 
@@ -13,6 +14,10 @@ class EvalConfig:
     batches: int = 20  # of each split, fixed
     batch_size: int = 0  # 0: that of a train step's microbatch
     train_split: bool = False  # the training split as well
+
+    def __post_init__(self):
+        if self.batches < 1 or min(self.every, self.batch_size) < 0:
+            raise UserError("eval: batches must be at least 1, every and batch_size must not be negative")
 
 
 class Evaluator:

@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxvram.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
@@ -13,6 +15,12 @@ class GuardConfig:
     z_score: float = 8.0  # deviations above the window's mean that count as far out; 0: only non-finite steps are skipped
     patience: int = 8  # skipped steps in a row before the run goes back to its last checkpoint
     max_rollbacks: int = 3  # before the run gives up
+
+    def __post_init__(self):
+        if min(self.window, self.patience) < 1 or min(self.z_score, self.max_rollbacks) < 0:
+            raise UserError(
+                "train.guard: window and patience must be at least 1, z_score and max_rollbacks must not be negative"
+            )
 
 
 class Guard(flax.struct.PyTreeNode):

@@ -39,6 +39,23 @@ class OptimizerConfig:
     mu_dtype: str = "float32"  # of the first moment: float32 | bfloat16
     groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=lambda: dict(MATRICES_DECAY))
 
+    def __post_init__(self):
+        for field, valid in (
+            ("name", ("adamw", "lion", "adafactor")),
+            ("schedule", ("cosine", "linear", "constant", "wsd")),
+            ("mu_dtype", ("float32", "bfloat16")),
+        ):
+            if (value := getattr(self, field)) not in valid:
+                raise UserError(f"optimizer.{field}={value!r} is unknown{nearest(value, valid)}")
+        if min(self.learning_rate, self.warmup_steps, self.decay_steps, self.clip_norm, self.eps) < 0:
+            raise UserError(
+                "optimizer: learning_rate, warmup_steps, decay_steps, clip_norm and eps must not be negative"
+            )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise UserError("optimizer: b1 and b2 must be in [0, 1)")
+        if not (0 <= self.final_lr_fraction <= 1 and 0 <= self.wsd_decay_fraction <= 1):
+            raise UserError("optimizer: final_lr_fraction and wsd_decay_fraction must be in [0, 1]")
+
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates made so far (nanoGPT's get_lr, llm.c's wsd)."""
@@ -51,16 +68,14 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
         main = optax.linear_schedule(peak, final, span)
     elif cfg.schedule == "constant":
         main = optax.constant_schedule(peak)
-    elif cfg.schedule == "wsd":
+    else:  # wsd
         decay = max(round(end * cfg.wsd_decay_fraction), 1)
         start = max(span - decay, 0)
 
         def main(step):
             progress = jax.numpy.clip((step - start) / decay, 0, 1)
             return final + (peak - final) * (1 - jax.numpy.sqrt(progress))
-    else:
-        valid = ("cosine", "linear", "constant", "wsd")
-        raise UserError(f"optimizer.schedule={cfg.schedule!r} is unknown{nearest(cfg.schedule, valid)}")
+
     if cfg.warmup_steps == 0:
         return main
     warmup = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
@@ -92,26 +107,39 @@ def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype)
     if cfg.name == "lion":
         return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.mu_dtype)
-    if cfg.name == "adafactor":  # Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate and no first moment
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    raise UserError(f"optimizer.name={cfg.name!r} is unknown{nearest(cfg.name, ('adamw', 'lion', 'adafactor'))}")
+    # adafactor: Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate and no first moment
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
 def group_labels(groups: Mapping[str, ParamGroup], params):
-    """The name of its group for every leaf. Every path must match exactly one group, every group at least one path."""
-    matched = dict.fromkeys(groups, False)
+    """The name of its group for every leaf.
+
+    Raises:
+      UserError: a path matches no group or several, a group matches no path, or a regex does not compile.
+    """
+    matched = set()
 
     def label(path, _):
         name = path_name(path)
-        found = [g for g, group in groups.items() if re.fullmatch(group.params, name)]
+        found = [g for g, regex in regexes.items() if regex.fullmatch(name)]
         if len(found) != 1:
             which = "no optimizer group" if not found else f"the optimizer groups {' and '.join(found)}"
             raise UserError(f"parameter {name} is in {which}; each must be in exactly one (optimizer.groups.*.params)")
-        matched[found[0]] = True
+        matched.add(found[0])
         return found[0]
 
+    regexes = {g: _compile(g, group.params) for g, group in groups.items()}
     labels = jax.tree_util.tree_map_with_path(label, params)
+    if idle := sorted(groups.keys() - matched):
+        raise UserError(f"no parameter is in the optimizer group(s) {', '.join(idle)}; correct optimizer.groups.*.params")
     return labels
+
+
+def _compile(group: str, regex: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise UserError(f"optimizer.groups.{group}.params={regex!r} is no regular expression: {error}") from error
 
 
 def path_name(path) -> str:

@@ -25,12 +25,19 @@ class TrainConfig:
     profile_steps: int = 5
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
+    def __post_init__(self):
+        if min(self.steps, self.batch_size, self.log_every, self.profile_steps) < 1:
+            raise UserError("train: steps, batch_size, log_every and profile_steps must be at least 1")
+        if min(self.microbatch_size, self.profile_start) < 0 or not 0 <= self.ema_decay < 1:
+            raise UserError("train: microbatch_size and profile_start must not be negative, ema_decay must be in [0, 1)")
+        if self.microbatch_size and self.batch_size % self.microbatch_size:
+            raise UserError(
+                f"train.batch_size={self.batch_size} is not a multiple of train.microbatch_size={self.microbatch_size}"
+            )
+
     @property
     def microbatches(self) -> int:
-        size = self.microbatch_size or self.batch_size
-        if size < 1 or self.batch_size % size:
-            raise UserError(f"train.batch_size={self.batch_size} is not a multiple of train.microbatch_size={size}")
-        return self.batch_size // size
+        return self.batch_size // (self.microbatch_size or self.batch_size)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -76,6 +83,7 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig):
             n = state.step.astype(jnp.float32)
             decay = jnp.minimum(cfg.ema_decay, (1 + n) / (10 + n))  # warms up: early weights are forgotten soon
             ema = jax.tree.map(lambda e, p: (e + (1 - decay) * (p - e)).astype(e.dtype), state.ema, params)
+            ema = keep(ema, state.ema)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
