@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     with quiet():  # with the planner's CUDA libraries installed, importing JAX already speaks
-        import jax  # noqa: F401
+        import jax
     if options.card == "list":
         from jaxvram.vram import cards
 
@@ -70,7 +70,8 @@ def _run(argv: list[str]) -> int:
     config, name, variant = recipe.load(recipe_file, for_card=planning and options.card is not None)
     if (asked := recipe_file.partition(":")[2]) in ("", "auto"):
         file = recipe_file.partition(":")[0]
-        print(f"{name}: variant {variant}; to insist on one: --config={file}:VARIANT", flush=True)
+        if jax.process_index() == 0:
+            print(f"{name}: variant {variant}; to insist on one: --config={file}:VARIANT", flush=True)
     _override(config, overrides)
     default = f"runs/{name}" + (f"-{variant}" if asked else "")
     workdir = pathlib.Path(options.workdir or default)
@@ -123,12 +124,15 @@ def _connect(options) -> None:
 
     from jaxvram.vram.compile import settle_platform
 
-    if options.coordinator == "auto":
-        jax.distributed.initialize()  # SLURM, Kubernetes and Open MPI say who is who
-    elif options.coordinator:
-        if options.num_processes is None or options.process_id is None:
-            raise UserError("--coordinator=HOST:PORT needs --num_processes and --process_id as well")
-        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    if options.coordinator not in (None, "auto") and None in (options.num_processes, options.process_id):
+        raise UserError("--coordinator=HOST:PORT needs --num_processes and --process_id as well")
+    try:
+        if options.coordinator == "auto":
+            jax.distributed.initialize()  # SLURM, Kubernetes and Open MPI say who is who
+        elif options.coordinator:
+            jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--coordinator={options.coordinator}: {' '.join(str(error).split())[:300]}") from error
     settle_platform()
 
 
@@ -146,6 +150,10 @@ def _override(config, arguments: list[str]) -> None:
                 valid = section.keys() if hasattr(section, "keys") else ()
                 raise UserError(f"{'.'.join(path[: depth + 1])} is no field of this recipe{nearest(key, valid)}")
             section = section[key]
+        if hasattr(section, "keys"):
+            raise UserError(f"{'.'.join(path)} is a section; set one of its fields (valid: {', '.join(section.keys())})")
+        if "=" not in argument:
+            raise UserError(f"{argument} needs a value: {argument}=...")
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:

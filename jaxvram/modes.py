@@ -13,7 +13,7 @@ from jaxvram.errors import UserError
 from jaxvram.models import MODELS
 from jaxvram.tasks.language import LanguageTask
 from jaxvram.train import metrics
-from jaxvram.train.checkpoint import Checkpoints, check_workdir
+from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop, make_program
 from jaxvram.train.sharding import make_mesh, shardings
@@ -34,6 +34,7 @@ def make_task(recipe, with_data: bool = True):
 def train(recipe, workdir: pathlib.Path, options) -> int:
     check_workdir(workdir, recipe)  # before the data: this error is cheaper
     task = make_task(recipe)
+    task.check_samples()
     if jax.process_index() == 0:
         print(f"{recipe.name}:{recipe.variant} in {workdir} on {jax.devices()[0].device_kind}", flush=True)
         print(f"data: {task.source.description}", flush=True)
@@ -46,8 +47,9 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
     loop.run(init_params)
     if loop.interrupt.received:
         return 128 + loop.interrupt.received
+    samples = task.show(loop.final_params)  # by all processes, of which each holds a part of the weights
     if loop.writes:
-        print("\n" + f"\n{'-' * 80}\n".join(task.show(loop.final_params)), flush=True)
+        print("\n" + f"\n{'-' * 80}\n".join(samples), flush=True)
         print(f"\nrun folder: {workdir} (open {workdir / 'report.html'})", flush=True)
     return 0
 
@@ -109,16 +111,18 @@ def prepare(options) -> int:
 def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True):
     """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet."""
     check_workdir(workdir, recipe)
+    kinds = [kind for kind in (kind, "latest", "best") if look(workdir, kind).step is not None]
+    if not kinds and not recipe.train.init_from:
+        raise UserError(f"there is no checkpoint in {workdir}; train first, or set --workdir")
     task = make_task(recipe, with_data)
     mesh = make_mesh(recipe.mesh)
-    if recipe.train.init_from and not (workdir / "checkpoints").is_dir():
+    if not kinds:
         from jaxvram.convert import gpt2
 
         params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
         return task, jax.device_put(params, shardings(params, mesh)), 0
     checkpoints = Checkpoints(workdir)
-    kind = kind if (checkpoints.folder / kind).is_dir() else "latest"
-    weights, meta = checkpoints.restore_weights(kind, make_program(recipe, task, mesh).target)
+    weights, meta = checkpoints.restore_weights(kinds[0], make_program(recipe, task, mesh).target)
     checkpoints.close()
     return task, weights.get("ema", weights["params"]), meta["step"]
 

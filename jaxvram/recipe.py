@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -81,7 +82,11 @@ def load(file_and_variant: str, for_card: bool = False) -> tuple[ConfigDict, str
         raise UserError(f"recipe {file} has no get_config(variant) or no VARIANTS")
     if variant in ("", "auto"):
         variant = module.VARIANTS[0] if for_card else choose("auto", module.VARIANTS)
-    return module.get_config(variant), path.stem, variant
+    try:
+        return module.get_config(variant), path.stem, variant
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        line = traceback.extract_tb(error.__traceback__)[1].lineno
+        raise UserError(f"recipe {file}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def build(config: ConfigDict, name: str, variant: str) -> Recipe:

@@ -55,6 +55,20 @@ class LanguageTask:
         loss_BxT = linear_cross_entropy(hidden_BxTxD, head_VxD, batch["targets"], self.model.cfg.vocab_size)
         return loss_BxT.sum(), (batch["targets"] >= 0).sum().astype(jnp.float32), {}
 
+    def check_samples(self) -> None:
+        """Raises the UserError that `show` would meet only after the first hundreds of steps."""
+        if not hasattr(self.source, "problems"):
+            self._prompt_ids(self.sample.prompt)
+
+    def _prompt_ids(self, prompt: str) -> np.ndarray:
+        try:
+            ids_P = np.asarray(self.source.tokenizer.encode(prompt), np.int32)
+        except UserError as error:
+            raise UserError(f"sample.prompt={prompt[:40]!r}: {error}") from error
+        if ids_P.size == 0:
+            raise UserError("sample.prompt is empty; a model continues at least one token")
+        return ids_P
+
     def continue_prompt(self, params, prompt: str | None = None) -> list[str]:
         """Samples as `config.sample` asks for them, each with its prompt in front.
 
@@ -63,10 +77,7 @@ class LanguageTask:
         """
         cfg = self.sample
         prompt = cfg.prompt if prompt is None else prompt
-        tokenizer = self.source.tokenizer
-        ids_P = np.asarray(tokenizer.encode(prompt), np.int32)
-        if ids_P.size == 0:
-            raise UserError("sample.prompt is empty; a model continues at least one token")
+        ids_P, tokenizer = self._prompt_ids(prompt), self.source.tokenizer
         tokens_BxN = generate(
             self.model, params, jnp.broadcast_to(ids_P, (cfg.num_samples, ids_P.size)), jax.random.key(cfg.seed),
             new_tokens=cfg.max_new_tokens, vocab_size=self.source.vocab_size,
