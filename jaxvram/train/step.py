@@ -71,7 +71,7 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig):
     def train_step(state: TrainState, batch):
         key = jax.random.fold_in(stream, state.step + state.data_offset)
         loss, grads, metrics = loss_and_gradients(task, state.params, batch, key, cfg.microbatches)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good, guard = judge(state.guard, loss, grad_norm, cfg.guard)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
