@@ -26,7 +26,7 @@ OWNERS = {  # in the order of the picture, with the rule that decides
     "parameter copies": "a parameter cast to another dtype for its matrix products",
     "saved activations": "made by the forward pass, alive at the peak",
     "logits and loss": "made inside the cross-entropy",
-    "cache": "what a model remembers while it writes text",
+    "cache": "carried by the loops of a program without gradients: what a model remembers while it writes",
     "workspace": "whatever else is computed: the backward pass, recomputation, updates",
     "batch": "what goes in: tokens, targets, prompts",
     "other": "metrics, counters, random keys, constants, the text that comes out",
@@ -150,21 +150,22 @@ class _Reader:
         shape = self.module.instructions[last.instruction].shape.at(last.index)
         owner = self._owner(values, origin, shape)
         name, phase = path_of_operation(origin.op_name) or origin.name, phase_of(origin.op_name)
-        weight = self._weight(shape, name)
-        if owner == "gradients" and weight:
+        if owner == "gradients" and (weight := self._weight(shape, name)):
             name, phase = f"gradient of {weight}", ""
+        if owner == "parameter copies" and (weight := self._weight(origin.shape, name, same_dtype=False)):
+            name = f"copy of {weight}"
         return Buffer(f"{name} ({phase})" if phase else name, values[0].bytes, str(shape), source, owner)
 
     def _owner(self, values, origin, shape) -> str:
-        functions = [f.function for v in values for f in self._stack(self._origin(v))]
-        if any(f.split(".")[-1] == "initial_state" for f in functions):
-            return "cache"
         weight, phase = self._weight(shape), phase_of(origin.op_name)
         if weight and self.differentiates and phase not in ("forward", "recomputed"):
             return "gradients"
         # By the shape of what was cast: the copy itself may be padded or transposed for a matrix product.
         if self._weight(origin.shape, same_dtype=False) and "convert" in origin.op_name + origin.opcode:
             return "parameter copies"
+        carried = any(self.module.instructions[v.instruction].opcode == "while" for v in values)
+        if carried and not self.differentiates:
+            return "cache"
         frame = self._frame(origin)
         if frame and (frame.function.endswith(".loss") or "cross_entropy" in frame.function):
             return "logits and loss"

@@ -26,7 +26,7 @@ MEMORY_FRACTION = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One GPU. Rates are peaks; they serve the compiler's cost model and the time estimates of a fit, not the memory plan."""
+    """One GPU. Rates are peaks, for the compiler's cost model and the estimate of time in a fit; no size depends on them."""
 
     name: str  # what the user types
     description: str  # CUDA's device name
@@ -89,9 +89,9 @@ device_description_str: "{self.description}"
 
 
 def _card(name, description, gib, capability, multiprocessors, clock_ghz, l2_mib, gb_per_second, tflops):
-    return Card(
-        name, description, round(gib * GIB), capability, multiprocessors, clock_ghz, l2_mib * 2**20, gb_per_second * 1e9, tflops
-    )
+    sizes = {"capacity_bytes": round(gib * GIB), "l2_bytes": l2_mib * 2**20}
+    rates = {"clock_ghz": clock_ghz, "bandwidth": gb_per_second * 1e9, "tensor_tflops": tflops}
+    return Card(name, description, compute_capability=capability, multiprocessors=multiprocessors, **sizes, **rates)
 
 
 CARDS = {
@@ -133,16 +133,15 @@ def table() -> str:
     rows = [("card", "GPU", "capacity", "reserved", "usable", "sm", "SMs", "GB/s", "bf16 TFLOP/s")]
     for card in CARDS.values():
         sizes = (card.capacity_bytes, card.reserved_bytes, card.usable_bytes)
-        rows.append(
-            (card.name, card.description, *(f"{n / GIB:.2f} GiB" for n in sizes))
-            + ("{}.{}".format(*card.compute_capability), str(card.multiprocessors))
-            + (f"{card.bandwidth / 1e9:.0f}", f"{card.tensor_tflops:g}")
-        )
+        capability = "{}.{}".format(*card.compute_capability)
+        rates = (str(card.multiprocessors), f"{card.bandwidth / 1e9:.0f}", f"{card.tensor_tflops:g}")
+        rows.append((card.name, card.description, *(f"{n / GIB:.2f} GiB" for n in sizes), capability, *rates))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     justify = [str.ljust, str.ljust] + [str.rjust] * (len(widths) - 2)
-    lines = ["  ".join(just(cell, width) for just, cell, width in zip(justify, row, widths, strict=True)) for row in rows]
-    note = "Capacity is what CUDA reports on Linux; the reserve is for the CUDA context and what no plan sees (docs/plan.md)."
-    return "\n".join([*(line.rstrip() for line in lines), note])
+    columns = list(zip(justify, widths, strict=True))
+    cells = lambda row: (just(cell, width) for (just, width), cell in zip(columns, row, strict=True))
+    note = "Capacity is what CUDA reports on Linux; reserved is what no plan sees: context, libraries, workspaces, screen."
+    return "\n".join([*("  ".join(cells(row)).rstrip() for row in rows), note])
 
 
 def local_card() -> Card | None:

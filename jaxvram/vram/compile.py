@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxvram.errors import UserError
 from jaxvram.vram import hlo
 from jaxvram.vram.cards import Card, local_device
+from jaxvram.vram.flops import matmul_flops
 from jaxvram.vram.quiet import quiet
 
 INSTALL = "pip install 'jaxvram[plan]'   (that is: pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12; about 560 MB)"
@@ -31,6 +32,10 @@ NAMES_JAX_KNOWS = {
     (12, 0): "NVIDIA RTX PRO 6000",
 }
 
+# Unable to autotune, XLA gives every matrix product one tiling, which some of few rows (sampling) can't hold; on the card
+# it would try cuBLAS, and so does the second attempt.
+WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -42,6 +47,7 @@ class Compiled:
     aliased_bytes: int  # outputs that lie where a donated argument was
     module: hlo.Module  # the optimised program and its buffer assignment
     output_paths: tuple[str, ...]  # of the flattened outputs, as jax.tree_util.keystr writes them
+    matmul_flops: int
 
     @property
     def peak_bytes(self) -> int:
@@ -92,7 +98,8 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
 
     jitted = jax.jit(fn, donate_argnums=donate_argnums, out_shardings=sharding)
     with lowering:
-        lowered = jitted.lower(*jax.tree.map(on_card, args))
+        traced = jitted.trace(*jax.tree.map(on_card, args))
+        lowered = traced.lower()
     outputs = jax.tree_util.tree_flatten_with_path(lowered.out_info)[0]
     memory, module = _compile(lowered, options, card)
     constants = sum(a.bytes for a in module.allocations if a.is_constant)  # the compiler's own sum leaves them out
@@ -103,6 +110,7 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
         memory.alias_size_in_bytes,
         module,
         tuple(jax.tree_util.keystr(path) for path, _ in outputs),
+        matmul_flops(traced.jaxpr),
     )
 
 
@@ -114,6 +122,8 @@ def _compile(lowered, options: dict, card: Card):
             with _no_compilation_cache(), quiet():
                 memory = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
+            if "output tile sizes" in str(error) and WITHOUT_TRITON.items() - options.items():
+                return _compile(lowered, options | WITHOUT_TRITON, card)
             reason = str(error).splitlines()[0]
             raise UserError(f"the compiler for {card.description} refuses this program: {reason}") from error
         # Autotuning on a real card compiles, and dumps, fragments of the program too: the program is the largest.
@@ -169,4 +179,3 @@ def _no_compilation_cache():
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
-

@@ -214,4 +214,3 @@ def _packed(values: list | None) -> Iterator[int]:
             while at < len(value):
                 number, at = _varint(value, at)
                 yield number
-

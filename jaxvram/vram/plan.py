@@ -1,0 +1,203 @@
+"""What init, train step and sampling of a recipe need on a card: as a table, plan.json and plan.png.
+
+A plan is the compiler's answer, not a measurement: it compiles the very programs that a run would, and adds up
+arguments + temporaries + outputs - outputs that lie where a donated argument was.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxvram.errors import UserError
+from jaxvram.sample.text import generate
+from jaxvram.train.optimizer import make_optimizer
+from jaxvram.train.step import init_state, make_train_step
+from jaxvram.vram import cards, figures
+from jaxvram.vram.bill import make_bill
+from jaxvram.vram.cards import GIB, Card
+from jaxvram.vram.compile import compile_for
+
+LARGEST = 30  # buffers listed in plan.json
+SHOWN = 6  # of them on the terminal: of those that the program makes
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the shapes it is compiled for."""
+
+    fn: Callable  # of arrays; `state` as a parameter's name is left out of buffers' names
+    args: tuple = ()  # pytrees of ShapeDtypeStruct
+    donate_argnums: tuple[int, ...] = ()
+
+
+def choose_card(name: str | None) -> Card:
+    """The card of that name; without a name, the GPU of this machine."""
+    if name:
+        return cards.find(name)
+    card = cards.local_card()
+    if card is None:
+        raise UserError(
+            "this machine has no NVIDIA GPU to plan for; name a card: --card=rtx4070 (--card=list shows all)"
+        )
+    return card
+
+
+def programs(recipe, task) -> dict[str, Program]:
+    """The three programs of a run, on one card.
+
+    Args:
+      recipe: a Recipe; its optimizer, train and sample sections are read.
+      task: a task that knows its vocabulary; needs no data.
+    """
+    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
+    tx, schedule = make_optimizer(recipe.optimizer, abstract_params, recipe.train.steps)
+
+    def init():
+        return init_state(task, tx, recipe.train)
+
+    state = jax.eval_shape(init)
+    step = make_train_step(task, tx, schedule, recipe.train)
+    batch = task.batch_spec(recipe.train.batch_size)
+    return {
+        "init": Program(init),
+        "train": Program(step, (state, batch), (0,)),
+        "sample": _sampling(recipe.sample, task, state.eval_params),
+    }
+
+
+def _sampling(cfg, task, params) -> Program:
+    vocab_size = task.source.vocab_size if task.source else task.model.cfg.vocab_size
+    # Without a tokenizer as many tokens as characters: no vocabulary here makes more of them.
+    length = len(task.source.tokenizer.encode(cfg.prompt)) if task.source else len(cfg.prompt)
+    prompt = jax.ShapeDtypeStruct((cfg.num_samples, max(1, min(length, task.model.cfg.block_size))), jnp.int32)
+
+    def sample(params, prompt, key):
+        return generate(
+            task.model, params, prompt, key, new_tokens=cfg.max_new_tokens, vocab_size=vocab_size,
+            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+        )  # fmt: skip
+
+    return Program(sample, (params, prompt, jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def make_plan(programs: dict[str, Program], card: Card, progress: Callable[[str], None] = lambda _: None) -> dict:
+    """plan.json of these programs on `card`.
+
+    Args:
+      programs: by name, usually init, train, sample.
+      progress: called with a line before each compilation.
+    Returns:
+      card, gpu (NVIDIA's name), capacity_bytes, reserved_bytes, jax (version); for each program argument_bytes,
+      temporary_bytes, output_bytes, aliased_bytes, peak_bytes, fits, matmul_flops, largest (name, bytes, shape, source,
+      owner of the largest buffers at the peak) and owners (bytes of each at the peak, which they add up to).
+    """
+    plan = {
+        "card": card.name,
+        "gpu": card.description,
+        "capacity_bytes": card.capacity_bytes,
+        "reserved_bytes": card.reserved_bytes,
+        "jax": jax.__version__,
+    }
+    for name, program in programs.items():
+        progress(f"compiling {name} for {card.description}")
+        compiled = compile_for(card, program.fn, program.args, program.donate_argnums)
+        bill = make_bill(compiled)
+        plan[name] = {
+            "argument_bytes": compiled.argument_bytes,
+            "temporary_bytes": compiled.temporary_bytes,
+            "output_bytes": compiled.output_bytes,
+            "aliased_bytes": compiled.aliased_bytes,
+            "peak_bytes": compiled.peak_bytes,
+            "fits": compiled.peak_bytes <= card.usable_bytes,
+            "matmul_flops": compiled.matmul_flops,
+            "largest": bill.largest(LARGEST),
+            "owners": bill.owners,
+        }
+    return plan
+
+
+def write(plan: dict, workdir: str | os.PathLike) -> list[pathlib.Path]:
+    """plan.json and plan.png in `workdir`, which is made if need be; their paths."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    paths = [workdir / "plan.json", workdir / "plan.png"]
+    for path, content in zip(paths, (json.dumps(plan, indent=2).encode(), figures.png(plan)), strict=True):
+        half = path.with_suffix(".part")  # a plan that is being read is never half a plan
+        half.write_bytes(content)
+        half.replace(path)
+    return paths
+
+
+def text(plan: dict, fit_command: str = "--mode=fit") -> str:
+    """The plan for a terminal. `fit_command`: what to type when the train step does not fit."""
+    names = phases(plan)
+    usable = plan["capacity_bytes"] - plan["reserved_bytes"]
+    lines = [
+        f"{plan['gpu']} ({plan['card']}): {gib(plan['capacity_bytes'])}, of which {gib(plan['reserved_bytes'])} in reserve"
+        f" (CUDA context, libraries, workspaces): {gib(usable)} to use",
+        "",
+        f"{'':8}{'arguments':>12}{'temporaries':>13}{'outputs':>12}{'in place':>12}{'peak':>12}",
+    ]
+    for name in names:
+        part = plan[name]
+        sizes = (part["argument_bytes"], part["temporary_bytes"], part["output_bytes"], -part["aliased_bytes"])
+        numbers = "".join(f"{gib(size):>{width}}" for size, width in zip(sizes, (12, 13, 12, 12), strict=True))
+        verdict = f"FITS ({part['peak_bytes'] / usable:.0%} of what is to use)"
+        if not part["fits"]:
+            verdict = f"DOES NOT FIT (by {gib(part['peak_bytes'] - usable)})"
+        lines.append(f"{name:8}{numbers}{gib(part['peak_bytes']):>12}  {verdict}")
+    for name in names:
+        made = [buffer for buffer in plan[name]["largest"] if buffer["source"] != "argument"]
+        lines += ["", f"the peak of {name}: {_owners(plan[name])}", "largest buffers that it makes:"]
+        lines += _buffers(made[:SHOWN])
+    advice = _advice(plan, usable, fit_command)
+    return "\n".join([*lines, *(["", *advice] if advice else [])])
+
+
+def phases(plan: dict) -> list[str]:
+    return [name for name, part in plan.items() if isinstance(part, dict) and "peak_bytes" in part]
+
+
+def gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _owners(part: dict) -> str:
+    large = [(owner, size) for owner, size in part["owners"].items() if size >= 0.005 * part["peak_bytes"]]
+    return ", ".join(f"{owner} {gib(size)}" for owner, size in sorted(large, key=lambda item: -item[1]))
+
+
+def _buffers(largest: list[dict]) -> list[str]:
+    width = max((len(buffer["name"]) for buffer in largest), default=0)
+    shape = max((len(buffer["shape"]) for buffer in largest), default=0)
+    line = lambda b: f"  {b['bytes'] / 2**20:9.1f} MiB  {b['name']:{width}}  {b['shape']:{shape}}  {b['source']}"
+    return [line(buffer).rstrip() for buffer in largest]
+
+
+def _advice(plan: dict, usable: int, fit_command: str) -> list[str]:
+    """What to do about that which does not fit."""
+    lines = []
+    misfits = [name for name in phases(plan) if not plan[name]["fits"]]
+    if "init" in misfits:
+        lines.append(
+            "the state alone is too large: a smaller model, optimizer.name=adafactor, model.param_dtype=bfloat16"
+        )
+    elif "train" in misfits:
+        lines.append(f"to find the microbatch and remat that fit: {fit_command}")
+    if "sample" in misfits:
+        lines.append("sampling: fewer sample.num_samples at once, or a shorter sample.prompt")
+    elif "sample" in plan and "init" in plan:
+        # A run samples at each evaluation, with the training state in memory.
+        state = plan["init"]["output_bytes"]
+        together = plan["sample"]["peak_bytes"] + state - plan["sample"]["argument_bytes"]
+        if together > usable:
+            lines.append(
+                f"sampling during training, beside the state of {gib(state)}, needs {gib(together)} and DOES NOT FIT: "
+                "fewer sample.num_samples"
+            )
+    return lines
