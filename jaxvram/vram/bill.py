@@ -32,7 +32,13 @@ OWNERS = {  # in the order of the picture, with the rule that decides
     "other": "metrics, counters, random keys, constants, the text that comes out",
     "gaps": "room between buffers that the compiler could not use",
 }
-TOPS = {"params": "parameters", "ema": "weight average", "opt_state": "optimizer state", "batch": "batch"}
+TOPS = {
+    "params": "parameters",
+    "ema": "weight average",
+    "opt_state": "optimizer state",
+    "batch": "batch",
+    "prompt": "batch",
+}
 PACKAGE = pathlib.Path(jaxvram.__file__).parent
 # Operations by which a loop takes slices and puts them back: what they move was made elsewhere.
 PLUMBING = re.compile(r"dynamic_(update_)?index_in_dim|/(closed_call|eval_jaxpr|body)$")

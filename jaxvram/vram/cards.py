@@ -116,6 +116,11 @@ CARDS = {
 }
 
 
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 or count == 0 else f"{count / 2**20:.1f} MiB"
+
+
 def find(name: str) -> Card:
     """The card of that name, spelt as in the table or as NVIDIA does ('RTX 4070', 'NVIDIA GeForce RTX 4070')."""
     key = "".join(name.lower().split())
@@ -140,7 +145,9 @@ def table() -> str:
     justify = [str.ljust, str.ljust] + [str.rjust] * (len(widths) - 2)
     columns = list(zip(justify, widths, strict=True))
     cells = lambda row: (just(cell, width) for (just, width), cell in zip(columns, row, strict=True))
-    note = "Capacity is what CUDA reports on Linux; reserved is what no plan sees: context, libraries, workspaces, screen."
+    note = (
+        "Capacity is what CUDA reports on Linux; reserved is what no plan sees: context, libraries, workspaces, screen."
+    )
     return "\n".join([*("  ".join(cells(row)).rstrip() for row in rows), note])
 
 

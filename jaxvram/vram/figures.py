@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jaxvram.vram.cards import GIB
+from jaxvram.vram.cards import GIB, size
 
 INK, MUTED, GRID, BAD = "#1b1f27", "#6a7282", "#e4e7ec", "#d1242f"
 COLOURS = {  # blues stay for the whole run, warm tones are gradients and copies, greens are activations
@@ -63,7 +63,7 @@ def _card_panel(axes, plan: dict, programs: dict) -> None:
         # Beside the bar, or inside its right end where the card would end first.
         beside = left + 0.2 * end < (usable if left < usable else end * 1.2)
         axes.annotate(
-            f"{left:.2f} GiB  {verdict}", (left, row), (6 if beside else -6, 0), textcoords="offset points",
+            f"{size(part['peak_bytes'])}  {verdict}", (left, row), (6 if beside else -6, 0), textcoords="offset points",
             va="center", ha="left" if beside else "right", fontsize=10, color=colour, weight="bold", zorder=6,
             bbox=None if beside else {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
         )  # fmt: skip
@@ -105,7 +105,7 @@ def _owners_panel(axes, name: str, part: dict, owners: dict) -> None:
     ordered = sorted(owners.items(), key=lambda item: -item[1])
     for row, (owner, count) in enumerate(ordered):
         axes.barh(row, count / GIB, height=0.66, color=COLOURS[owner], linewidth=0, zorder=3)
-        label = f"{count / GIB:.2f} GiB  {count / peak:.0%}"
+        label = f"{size(count)}  {count / peak:.0%}"
         axes.annotate(
             label, (count / GIB, row), (5, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK
         )

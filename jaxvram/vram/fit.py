@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from jaxvram.vram import plan
-from jaxvram.vram.cards import Card
+from jaxvram.vram.cards import Card, size
 from jaxvram.vram.compile import compile_for
 from jaxvram.vram.flops import matmul_flops
 
@@ -59,7 +59,7 @@ def find_fit(
         )
         trials.append(trial)
         verdict = "fits" if trial.fits else "too much"
-        progress(f"microbatch {microbatch}, remat {remat}: {plan.gib(trial.peak_bytes)}, {verdict}")
+        progress(f"microbatch {microbatch}, remat {remat}: {size(trial.peak_bytes)}, {verdict}")
         return trial if trial.fits else None
 
     cost = {remat: _flops(build(batch_size, remat)) for remat in remats}
@@ -114,14 +114,14 @@ def text(fit: Fit) -> str:
     for trial in fit.trials:
         again = f"+{trial.matmul_flops / fit.least_flops - 1:.0%} FLOPs"
         verdict = "  <- the fastest that fits" if trial is fit.best else "" if trial.fits else "  too much"
-        lines.append(f"{trial.microbatch:>10}  {trial.remat:8}{plan.gib(trial.peak_bytes):>12}  {again:>12}{verdict}")
-    usable = f"{fit.card.description} has {plan.gib(fit.card.usable_bytes)} to use"
+        lines.append(f"{trial.microbatch:>10}  {trial.remat:8}{size(trial.peak_bytes):>12}  {again:>12}{verdict}")
+    usable = f"{fit.card.description} has {size(fit.card.usable_bytes)} to use"
     if fit.best is None:
         leanest = min(fit.trials, key=lambda trial: trial.peak_bytes)
         lines += [
             "",
             f"nothing fits: {usable}, and the leanest choice, microbatch {leanest.microbatch} with remat {leanest.remat}, "
-            f"needs {plan.gib(leanest.peak_bytes)}. Try optimizer.name=adafactor, model.param_dtype=bfloat16, a shorter "
+            f"needs {size(leanest.peak_bytes)}. Try optimizer.name=adafactor, model.param_dtype=bfloat16, a shorter "
             "model.block_size or a smaller model.",
         ]
         return "\n".join(lines)

@@ -19,7 +19,7 @@ from jaxvram.train.optimizer import make_optimizer
 from jaxvram.train.step import init_state, make_train_step
 from jaxvram.vram import cards, figures
 from jaxvram.vram.bill import make_bill
-from jaxvram.vram.cards import GIB, Card
+from jaxvram.vram.cards import Card, size
 from jaxvram.vram.compile import compile_for
 
 LARGEST = 30  # buffers listed in plan.json
@@ -66,23 +66,25 @@ def programs(recipe, task) -> dict[str, Program]:
     return {
         "init": Program(init),
         "train": Program(step, (state, batch), (0,)),
-        "sample": _sampling(recipe.sample, task, state.eval_params),
+        "sample": _sampling(task, recipe.sample, state.eval_params),
     }
 
 
-def _sampling(cfg, task, params) -> Program:
+def _sampling(task, cfg, params) -> Program:
+    """Continuations as config.sample asks for them, or as many answers at once as an evaluation scores."""
     vocab_size = task.source.vocab_size if task.source else task.model.cfg.vocab_size
-    # Without a tokenizer as many tokens as characters: no vocabulary here makes more of them.
-    length = len(task.source.tokenizer.encode(cfg.prompt)) if task.source else len(cfg.prompt)
-    prompt = jax.ShapeDtypeStruct((cfg.num_samples, max(1, min(length, task.model.cfg.block_size))), jnp.int32)
+    options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    if hasattr(task.source, "problems"):
+        prompts_NxP, answers_NxA = task.source.problems("val", max(task.cfg.score_problems, cfg.num_samples))
+        shape, new_tokens, options = prompts_NxP.shape, answers_NxA.shape[1], {"temperature": 0}
+    else:  # no vocabulary here makes more tokens than there are characters, and only the end of a long prompt is read
+        length = task.model.cfg.block_size if cfg.prompt_file else min(len(cfg.prompt), task.model.cfg.block_size)
+        shape, new_tokens = (cfg.num_samples, max(length, 1)), cfg.max_new_tokens
 
     def sample(params, prompt, key):
-        return generate(
-            task.model, params, prompt, key, new_tokens=cfg.max_new_tokens, vocab_size=vocab_size,
-            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-        )  # fmt: skip
+        return generate(task.model, params, prompt, key, new_tokens=new_tokens, vocab_size=vocab_size, **options)
 
-    return Program(sample, (params, prompt, jax.eval_shape(lambda: jax.random.key(0))))
+    return Program(sample, (params, jax.ShapeDtypeStruct(shape, jnp.int32), jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def make_plan(programs: dict[str, Program], card: Card, progress: Callable[[str], None] = lambda _: None) -> dict:
@@ -138,19 +140,19 @@ def text(plan: dict, fit_command: str = "--mode=fit") -> str:
     names = phases(plan)
     usable = plan["capacity_bytes"] - plan["reserved_bytes"]
     lines = [
-        f"{plan['gpu']} ({plan['card']}): {gib(plan['capacity_bytes'])}, of which {gib(plan['reserved_bytes'])} in reserve"
-        f" (CUDA context, libraries, workspaces): {gib(usable)} to use",
+        f"{plan['gpu']} ({plan['card']}): {size(plan['capacity_bytes'])}, of which {size(plan['reserved_bytes'])} in reserve"
+        f" (CUDA context, libraries, workspaces): {size(usable)} to use",
         "",
         f"{'':8}{'arguments':>12}{'temporaries':>13}{'outputs':>12}{'in place':>12}{'peak':>12}",
     ]
     for name in names:
         part = plan[name]
-        sizes = (part["argument_bytes"], part["temporary_bytes"], part["output_bytes"], -part["aliased_bytes"])
-        numbers = "".join(f"{gib(size):>{width}}" for size, width in zip(sizes, (12, 13, 12, 12), strict=True))
+        counts = (part["argument_bytes"], part["temporary_bytes"], part["output_bytes"], part["aliased_bytes"])
+        numbers = "".join(f"{size(count):>{width}}" for count, width in zip(counts, (12, 13, 12, 12), strict=True))
         verdict = f"FITS ({part['peak_bytes'] / usable:.0%} of what is to use)"
         if not part["fits"]:
-            verdict = f"DOES NOT FIT (by {gib(part['peak_bytes'] - usable)})"
-        lines.append(f"{name:8}{numbers}{gib(part['peak_bytes']):>12}  {verdict}")
+            verdict = f"DOES NOT FIT (by {size(part['peak_bytes'] - usable)})"
+        lines.append(f"{name:8}{numbers}{size(part['peak_bytes']):>12}  {verdict}")
     for name in names:
         made = [buffer for buffer in plan[name]["largest"] if buffer["source"] != "argument"]
         lines += ["", f"the peak of {name}: {_owners(plan[name])}", "largest buffers that it makes:"]
@@ -163,13 +165,9 @@ def phases(plan: dict) -> list[str]:
     return [name for name, part in plan.items() if isinstance(part, dict) and "peak_bytes" in part]
 
 
-def gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
-
-
 def _owners(part: dict) -> str:
-    large = [(owner, size) for owner, size in part["owners"].items() if size >= 0.005 * part["peak_bytes"]]
-    return ", ".join(f"{owner} {gib(size)}" for owner, size in sorted(large, key=lambda item: -item[1]))
+    large = [(owner, count) for owner, count in part["owners"].items() if count >= 0.005 * part["peak_bytes"]]
+    return ", ".join(f"{owner} {size(count)}" for owner, count in sorted(large, key=lambda item: -item[1]))
 
 
 def _buffers(largest: list[dict]) -> list[str]:
@@ -197,7 +195,7 @@ def _advice(plan: dict, usable: int, fit_command: str) -> list[str]:
         together = plan["sample"]["peak_bytes"] + state - plan["sample"]["argument_bytes"]
         if together > usable:
             lines.append(
-                f"sampling during training, beside the state of {gib(state)}, needs {gib(together)} and DOES NOT FIT: "
+                f"sampling during training, beside the state of {size(state)}, needs {size(together)} and DOES NOT FIT: "
                 "fewer sample.num_samples"
             )
     return lines
