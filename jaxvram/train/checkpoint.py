@@ -6,8 +6,8 @@ before it whole. The old one is deleted only after that. Saving goes on beside t
 
 import dataclasses
 import errno
-import gc
 import json
+import logging
 import pathlib
 import re
 import shutil
@@ -60,6 +60,8 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._managers = {}
+        # The first failure of a save is raised, and told; asyncio would log those of the other arrays, with tracebacks.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     def save(self, kind: str, step: int, state, meta: dict[str, Any]) -> None:
         """Begins to save; weights alone for 'best'. Returns when the state may be changed.
@@ -149,23 +151,31 @@ class Checkpoints:
     def _try(self, what: str, step: int | None, kind: str, action: Callable[[], Any]):
         """action(); a failure of Orbax or TensorStore, which raise a dozen types, as one line."""
         path = self.folder / kind / str(step or "")
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            with quiet():  # after a failure both drop tasks that Python reports one by one, as they are collected
-                try:
-                    return action()
-                except UserError:
-                    raise
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-                gc.collect()
-        finally:
-            sys.unraisablehook = hook
+            with quiet():
+                return action()
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+        _drop_orphans()
         if what == "save" or unwritable:
             raise UserError(f"could not write {path} ({reason}); free some space and run the same command")
         others = "delete that folder to start anew, or give another --workdir"
         raise UserError(f"checkpoint {path} is damaged ({reason}); {others}")
+
+
+def _drop_orphans() -> None:
+    """When one read fails, Orbax leaves the others to themselves; Python would report each with a page of text."""
+    report = sys.unraisablehook
+
+    def hook(unraisable):
+        words = f"{unraisable.object!r} {unraisable.exc_value!r}"
+        if "_read_array_index" not in words and "Event loop is closed" not in words:
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @jax.jit
