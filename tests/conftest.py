@@ -43,15 +43,31 @@ from jaxvram.train.sharding import MeshConfig  # noqa: E402
 from jaxvram.train.step import TrainConfig  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Programs that run a few steps need not be optimised; XLA:CPU is three times faster without."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Instead of a second of drawing at each start and end, the list of what the report would have said of the run."""
+    statuses = []
+    monkeypatch.setattr("jaxvram.train.report.write_report", lambda workdir, status, clock: statuses.append(status))
+    return statuses
+
+
 @pytest.fixture(scope="session")
 def tiny_recipe():
-    """`tiny_recipe(train={"steps": 5}, ...)`: sorting four digits with a GPT-2 of 2,000 parameters, sections overridden."""
+    """`tiny_recipe(train={"steps": 5}, ...)`: sorting four digits with a GPT-2 of 1,000 parameters, sections overridden."""
     base = Recipe(
         name="tiny",
         variant="test",
         task=LanguageConfig(score_problems=16),
         model=GPT2Config(
-            vocab_size=3, block_size=7, n_layer=2, n_head=2, n_embd=8, dropout=0.1, remat="none", dtype="float32"
+            vocab_size=3, block_size=7, n_layer=1, n_head=2, n_embd=8, dropout=0.1, remat="none", dtype="float32"
         ),
         data=data.DataConfig(name="sort", length=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),

@@ -1,0 +1,154 @@
+"""Bad steps are skipped, counted and shown; a streak of them goes back to the last checkpoint, and in the end gives up."""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import ToySource, ToyTask
+
+from jaxvram.errors import UserError
+from jaxvram.train import metrics
+from jaxvram.train.checkpoint import Checkpoints
+from jaxvram.train.guard import Guard, GuardConfig, judge
+from jaxvram.train.loop import Loop, make_program, train
+from jaxvram.train.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("no_report")
+NAN, INF = float("nan"), float("inf")
+
+
+def run_judge(cfg, pairs):
+    guard, verdicts = Guard.fresh(cfg), []
+    step = jax.jit(lambda guard, loss, norm: judge(guard, loss, norm, cfg))
+    for loss, norm in pairs:
+        good, guard = step(guard, jnp.float32(loss), jnp.float32(norm))
+        verdicts.append(bool(good))
+    return verdicts, guard
+
+
+def noisy(n, around=2.0):
+    return [(around + 0.1 * math.sin(7 * i), 1 + 0.1 * math.cos(5 * i)) for i in range(n)]
+
+
+@pytest.mark.parametrize("bad", [(NAN, 1.0), (2.0, NAN), (INF, 1.0), (2.0, INF)])
+def test_what_is_not_finite_is_skipped_from_the_first_step_on_and_never_remembered(bad):
+    verdicts, guard = run_judge(GuardConfig(window=4), [bad, *noisy(2), bad, bad])
+    assert verdicts == [False, True, True, False, False]
+    assert (guard.skipped, guard.streak, guard.seen) == (3, 2, 2) and jnp.isfinite(guard.recent_Wx2).all()
+
+
+@pytest.mark.parametrize("spike", [(50.0, 1.0), (2.0, 50.0)])
+def test_an_outlier_is_skipped_once_the_window_is_full(spike):
+    early, _ = run_judge(GuardConfig(window=16), [*noisy(15), spike])
+    late, guard = run_judge(GuardConfig(window=16, z_score=3), [*noisy(16), spike, *noisy(3)])
+    assert all(early) and late == [True] * 16 + [False] + [True] * 3
+    assert guard.skipped == 1 and guard.streak == 0
+
+
+def test_the_bound_is_z_score_deviations_above_the_mean():
+    seen = noisy(32)
+    losses = np.array([loss for loss, _ in seen], np.float32)
+    bound = losses.mean() + 4 * losses.std()
+    for loss, expected in ((bound - 0.01, True), (bound + 0.01, False)):
+        assert run_judge(GuardConfig(window=32, z_score=4), [*seen, (loss, 1.0)])[0][-1] is expected
+
+
+def test_a_lasting_change_is_accepted_and_a_fall_is_no_outlier():
+    verdicts, _ = run_judge(GuardConfig(window=16, z_score=3), [*noisy(16), *noisy(8, around=20)])
+    assert not verdicts[16] and all(verdicts[20:])
+    assert all(run_judge(GuardConfig(window=16, z_score=3), [*noisy(16), (0.01, 0.01)])[0])
+
+
+def test_without_a_z_score_only_what_is_not_finite_is_skipped():
+    assert run_judge(GuardConfig(window=4, z_score=0), [*noisy(8), (1e9, 1e9), (NAN, 1.0)])[0] == [True] * 9 + [False]
+
+
+def test_a_skipped_step_leaves_everything_it_would_have_changed(tiny_recipe, same):
+    recipe, task = tiny_recipe(train={"ema_decay": 0.9}), ToyTask(ToySource({2: NAN, 4: INF}))
+    program = make_program(recipe, task, make_mesh(recipe.mesh))
+    state = program.init()
+    for n in range(6):
+        before = jax.device_get((state.params, state.opt_state, state.ema))
+        state, values = program.step(state, task.source.batch("train", n, 8))
+        assert same(before, (state.params, state.opt_state, state.ema)) == (n in (2, 4))
+        assert values["skipped"] == (n >= 2) + (n >= 4) and values["skipped_in_a_row"] == (n in (2, 4))
+    assert state.step == 6
+    np.testing.assert_allclose(
+        values["learning_rate"], 0.01, rtol=1e-6
+    )  # the schedule counts updates: the fourth of them
+
+
+def a_run(tiny_recipe, tmp_path, poison, steps=24, patience=3, max_rollbacks=2, every=5):
+    recipe = tiny_recipe(
+        train={"steps": steps, "guard": GuardConfig(patience=patience, max_rollbacks=max_rollbacks)},
+        eval={"every": every},
+    )
+    stream = io.StringIO()
+    loop = Loop(recipe, ToyTask(ToySource(poison)), tmp_path / "run", stream)
+    return loop, stream
+
+
+def test_skipped_steps_are_counted_and_shown(tiny_recipe, tmp_path):
+    loop, stream = a_run(tiny_recipe, tmp_path, {6: NAN, 8: NAN})
+    loop.run()
+    lines = [line for line in metrics.read(tmp_path / "run") if "split" not in line]
+    assert [line["skipped"] for line in lines] == [0] * 6 + [1] * 2 + [2] * 16
+    assert math.isnan(lines[6]["loss"]) and math.isfinite(lines[7]["loss"])
+    assert "2 skipped" in stream.getvalue()
+
+
+def test_a_streak_goes_back_to_the_last_checkpoint_and_on_with_other_batches(tiny_recipe, tmp_path, same):
+    loop, stream = a_run(tiny_recipe, tmp_path, {11: NAN, 12: NAN, 13: NAN})
+    loop.run()
+    assert (
+        "3 steps in a row were skipped: back to step 10, past the batches up to 15 (rollback 1 of 2)"
+        in stream.getvalue()
+    )
+    lines = [line for line in metrics.read(tmp_path / "run") if "split" not in line]
+    assert [line["step"] for line in lines] == list(range(1, 25)) and not any(line["skipped"] for line in lines)
+    # the same run on data that never had the bad batches
+    source = ToySource()
+    make = source.batch
+    source.batch = lambda split, n, *rest: make(split, n + 5 if split == "train" and n >= 10 else n, *rest)
+    other = Loop(loop.recipe, ToyTask(source), tmp_path / "other", io.StringIO())
+    other.run()
+    assert same(loop.final_params, other.final_params)
+    meta = Checkpoints(tmp_path / "run").restore("latest", loop.program.target)[1]
+    assert meta["rollbacks"] == 1
+
+
+def test_after_a_rollback_a_resumed_run_goes_on_with_the_same_batches(tiny_recipe, tmp_path, same):
+    poison = {11: NAN, 12: NAN, 13: NAN}
+    whole, _ = a_run(tiny_recipe, tmp_path / "whole", poison)
+    whole.run()
+    first, _ = a_run(tiny_recipe, tmp_path / "parts", poison)
+    first._out_of_patience = lambda step: step == 15
+    first.run()
+    second, _ = a_run(tiny_recipe, tmp_path / "parts", poison)
+    second.run()
+    assert same(whole.final_params, second.final_params)
+
+
+def test_a_run_that_cannot_recover_says_so(tiny_recipe, tmp_path, no_report):
+    loop, stream = a_run(tiny_recipe, tmp_path, {n: NAN for n in range(11, 99)})
+    with pytest.raises(
+        UserError, match="diverged: 3 steps in a row .* rolled back 2 times already; lower optimizer.learning"
+    ):
+        loop.run()
+    assert "rollback 2 of 2" in stream.getvalue()
+    assert no_report[-1].startswith("failed: the run diverged")
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_says_so(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(train={"guard": GuardConfig(patience=3)})
+    with pytest.raises(UserError, match="no checkpoint to go back to"):
+        train(recipe, ToyTask(ToySource({n: INF for n in range(99)})), tmp_path / "run", stream=io.StringIO())
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"patience": 0}, {"z_score": -1.0}, {"max_rollbacks": -1}])
+def test_impossible_settings(wrong):
+    with pytest.raises(UserError, match=r"train\.guard"):
+        GuardConfig(**wrong)
