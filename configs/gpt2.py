@@ -68,7 +68,7 @@ def get_config(variant="auto"):
         c.model.update(block_size=64, n_layer=2, n_head=2, n_embd=64, remat="none", dtype="float32", unroll_layers=True)
         c.data.dataset = "offline"
         c.optimizer.update(learning_rate=3e-3, warmup_steps=20)
-        c.train.update(steps=300, batch_size=8, microbatch_size=4, log_every=10)
+        c.train.update(steps=200, batch_size=8, microbatch_size=4, log_every=10)
         c.eval.update(every=100, batches=10)
         c.sample.max_new_tokens = 60
     return c

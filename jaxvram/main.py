@@ -6,6 +6,7 @@ import sys
 
 from absl import flags, logging
 
+from jaxvram import host
 from jaxvram.errors import UserError, nearest
 from jaxvram.vram.quiet import quiet
 
@@ -50,11 +51,16 @@ def _run(argv: list[str]) -> int:
         return 0
     with quiet():  # with the planner's CUDA libraries installed, importing JAX already speaks
         import jax
+    host.keep_compiled_programs()
+    from jaxvram.vram.compile import gpu_visible
+
     if options.card == "list":
         from jaxvram.vram import cards
 
         print(cards.table())
         return 0
+    if not gpu_visible():
+        host.keep_freed_memory()
     _connect(options)
     from jaxvram import modes
 
@@ -75,7 +81,8 @@ def _run(argv: list[str]) -> int:
     _override(config, overrides)
     default = f"runs/{name}" + (f"-{variant}" if asked else "")
     workdir = pathlib.Path(options.workdir or default)
-    return getattr(modes, "evaluate" if options.mode == "eval" else options.mode)(recipe.build(config, name, variant), workdir, options)
+    mode = getattr(modes, "evaluate" if options.mode == "eval" else options.mode)
+    return mode(recipe.build(config, name, variant), workdir, options)
 
 
 def _take_recipe(argv: list[str]) -> tuple[str, list[str]]:
