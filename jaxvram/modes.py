@@ -18,15 +18,23 @@ from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop, make_program
 from jaxvram.train.sharding import make_mesh, shardings
 
+UNKNOWN_VOCABULARY = 256  # characters; more than any text in one European language has
+
 
 def make_task(recipe, with_data: bool = True):
-    """The recipe's task. Without data only if the vocabulary is known: a plan needs shapes alone."""
+    """The recipe's task. Without data, for a plan: nothing is downloaded, and an unknown vocabulary is assumed."""
     cfg = recipe.model
     source = None
-    if with_data or cfg.vocab_size == 0:
+    if with_data:
         source = data.load(recipe.data, cfg.block_size, recipe.train.seed)
-        if cfg.vocab_size == 0:
-            cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size)
+    elif cfg.vocab_size == 0:
+        try:
+            at_hand = dataclasses.replace(recipe.data, download=False, allow_offline=False)
+            source = data.load(at_hand, cfg.block_size, recipe.train.seed)
+        except UserError:
+            _say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
+    if cfg.vocab_size == 0:
+        cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
     model_type = next(model for model, config_type in MODELS.values() if isinstance(cfg, config_type))
     return LanguageTask(model_type(cfg), source, recipe.task, recipe.sample)
 
@@ -133,7 +141,8 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
 
     card = planner.choose_card(options.card)
     made = planner.make_plan(planner.programs(recipe, make_task(recipe, with_data=False)), card, _say)
-    print(planner.text(made, f"python launch.py --config=configs/{recipe.name}.py:{recipe.variant} --mode=fit --card={card.name}"))
+    command = f"python launch.py --config=configs/{recipe.name}.py:{recipe.variant} --mode=fit --card={card.name}"
+    print(planner.text(made, command))
     for path in planner.write(made, workdir):
         print(path)
     return 0
