@@ -178,18 +178,22 @@ class _Reader:
         return "saved activations" if phase == "forward" else "workspace"
 
     def _weight(self, shape: hlo.Shape, hint: str = "", same_dtype: bool = True) -> str:
-        """The parameter (or a layer of which) has that shape; of several, the one whose path shares most with `hint`."""
-        dims = _any_order(shape.dims)
+        """The parameter that has that shape, or a layer of which has.
+
+        Of several: whose path shares most with `hint`, the path of an operation; then whose axes have that very order.
+        """
+        dims = _any_order(shape.dims)  # a gradient may be computed transposed
         if len(dims) < 2:  # too many vectors have the shape of a bias
             return ""
+        shared = lambda path: len({*path.split("/")} & {*hint.split("/")})
         paths = [
-            (dims == _any_order(weight.dims), len({*path.split("/")} & {*hint.split("/")}), path)
+            (shared(path), shape.dims in (weight.dims, weight.dims[1:]), path)
             for path, weight in self.argument_of.values()
             if path.startswith("params/")
             and dims in (_any_order(weight.dims), _any_order(weight.dims[1:]))
             and (shape.dtype == weight.dtype) == same_dtype
         ]
-        return max(paths)[2] if paths else ""
+        return max(paths)[-1] if paths else ""
 
     def _best(self, values) -> tuple[hlo.Instruction, str]:
         """The instruction that best says what lies in a buffer, and its line."""

@@ -127,7 +127,7 @@ def _compile(lowered, options: dict, card: Card):
             reason = str(error).splitlines()[0]
             raise UserError(f"the compiler for {card.description} refuses this program: {reason}") from error
         # Autotuning on a real card compiles, and dumps, fragments of the program too: the program is the largest.
-        protos = [path.read_bytes() for path in pathlib.Path(dump).glob("*after_optimizations.hlo.pb")]
+        protos = [path.read_bytes() for path in pathlib.Path(dump).glob("*gpu_after_optimizations.hlo.pb")]
     if not protos:
         raise RuntimeError("XLA wrote no buffer assignment; is XLA_FLAGS changing its dumps?")
     return memory, hlo.read(max(protos, key=len))

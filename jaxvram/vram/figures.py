@@ -29,74 +29,72 @@ SMALL = 0.004  # of the peak: owners below this share are not drawn in the lower
 def png(plan: dict) -> bytes:
     """The picture of a plan (plan.json's content)."""
     programs = {name: part for name, part in plan.items() if isinstance(part, dict) and "peak_bytes" in part}
-    hungriest = max(programs, key=lambda name: programs[name]["peak_bytes"])
-    shown = "train" if "train" in programs else hungriest
+    shown = "train" if "train" in programs else max(programs, key=lambda name: programs[name]["peak_bytes"])
     part = programs[shown]
     owners = {o: n for o, n in part["owners"].items() if n >= SMALL * part["peak_bytes"]}
-    figure = Figure(figsize=(12, 3.4 + 0.42 * len(programs) + 0.34 * max(len(owners), 5)), dpi=150, facecolor="white")
+    # In inches, from the top: title, the card's panel, the two panels on the peak.
+    width, title, bars, lower = 12.0, 1.15, 0.62 * len(programs) + 0.12, 0.36 * max(len(owners), 6) + 0.1
+    height = title + bars + 1.1 + lower + 0.3
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    heights = [0.62 * len(programs) + 0.5, 0.36 * max(len(owners), 5) + 0.5]
-    grid = figure.add_gridspec(
-        2, 2, height_ratios=heights, width_ratios=(1, 1.05),
-        left=0.13, right=0.975, top=0.86, bottom=0.05, hspace=0.42, wspace=0.08,
-    )  # fmt: skip
-    _card_panel(figure.add_subplot(grid[0, :]), plan, programs)
-    _owners_panel(figure.add_subplot(grid[1, 0]), shown, part, owners)
+
+    def panel(left, top, right, tall):
+        return figure.add_axes((left / width, 1 - (top + tall) / height, (right - left) / width, tall / height))
+
+    capacity, usable = plan["capacity_bytes"], plan["capacity_bytes"] - plan["reserved_bytes"]
+    room = f"{size(capacity)}, of which {size(plan['reserved_bytes'])} in reserve (hatched): {size(usable)} to use"
+    figure.text(1.6 / width, 1 - 0.42 / height, plan["gpu"], fontsize=15, weight="bold", color=INK)
+    figure.text(1.6 / width, 1 - 0.64 / height, room, fontsize=10, color=MUTED)
+    card = panel(1.6, title, 11.7, bars)
+    _card_panel(card, capacity / GIB, usable / GIB, programs)
+    _legend(card, programs)
+    below = title + bars + 1.1
+    _owners_panel(panel(1.6, below, 6.4, lower), shown, part, owners)
     made = [buffer for buffer in part["largest"] if buffer["source"] != "argument"]
-    _buffers_panel(figure.add_subplot(grid[1, 1]), (made or part["largest"])[:7])
+    _buffers_panel(panel(6.75, below, 11.85, lower), (made or part["largest"])[:7])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _card_panel(axes, plan: dict, programs: dict) -> None:
-    """A stacked bar a program, the reserve hatched, the capacity as the end of the card."""
-    capacity, usable = plan["capacity_bytes"] / GIB, (plan["capacity_bytes"] - plan["reserved_bytes"]) / GIB
-    end = max([capacity, *(part["peak_bytes"] / GIB * 1.12 for part in programs.values())])
+def _card_panel(axes, capacity: float, usable: float, programs: dict) -> None:
+    """A stacked bar a program, the reserve hatched, the capacity as the end of the card. Sizes in GiB."""
+    end = capacity * 1.012
+    for part in programs.values():  # a verdict stands inside a bar that ends near the end of the card, else beside it
+        peak = part["peak_bytes"] / GIB
+        end = max(end, peak * 1.28 if not part["fits"] else peak * 1.012)
     for row, part in enumerate(programs.values()):
         left = 0.0
         for owner, count in part["owners"].items():
             axes.barh(row, count / GIB, left=left, height=0.62, color=COLOURS[owner], linewidth=0, zorder=3)
             left += count / GIB
-        verdict = "fits" if part["fits"] else "DOES NOT FIT"
-        colour = INK if part["fits"] else BAD
-        # Beside the bar, or inside its right end where the card would end first.
-        beside = left + 0.2 * end < (usable if left < usable else end * 1.2)
+        beside = not part["fits"] or left + 0.17 * end < usable
         axes.annotate(
-            f"{size(part['peak_bytes'])}  {verdict}", (left, row), (6 if beside else -6, 0), textcoords="offset points",
-            va="center", ha="left" if beside else "right", fontsize=10, color=colour, weight="bold", zorder=6,
+            f"{size(part['peak_bytes'])}  {'fits' if part['fits'] else 'DOES NOT FIT'}", (left, row),
+            (6 if beside else -6, -0.5), textcoords="offset points", va="center", ha="left" if beside else "right",
+            fontsize=10, color=INK if part["fits"] else BAD, weight="bold", zorder=6,
             bbox=None if beside else {"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
         )  # fmt: skip
     rows = len(programs)
-    axes.add_patch(
-        Rectangle(
-            (usable, -0.6), capacity - usable, rows + 0.2, fc="#f3f4f7", ec="#c3c8d1", hatch="///", lw=0, zorder=2
-        )
-    )
+    reserve = {"fc": "#f3f4f7", "ec": "#c3c8d1", "hatch": "///", "lw": 0, "zorder": 2}
+    axes.add_patch(Rectangle((usable, -0.6), capacity - usable, rows + 0.2, **reserve))
     axes.axvline(capacity, color=INK, lw=1.6, zorder=4)
     axes.set_ylim(rows - 0.4, -0.6)
-    axes.set_xlim(0, end * 1.012)
-    axes.set_yticks(range(rows), programs, fontsize=11, color=INK)
+    axes.set_xlim(0, end)
+    axes.set_yticks(range(rows), programs, fontsize=11, va="center_baseline")
     axes.set_xlabel("GiB of device memory", fontsize=9, color=MUTED)
     _plain(axes)
     axes.grid(axis="x", color=GRID, lw=0.8, zorder=0)
-    axes.text(0, 1.30, plan["gpu"], transform=axes.transAxes, fontsize=15, weight="bold", color=INK, va="bottom")
-    subtitle = f"{capacity:.2f} GiB, of which {capacity - usable:.2f} GiB in reserve (hatched): {usable:.2f} GiB to use"
-    axes.text(0, 1.28, subtitle, transform=axes.transAxes, fontsize=10, color=MUTED, va="top")
-    _legend(axes, programs)
 
 
 def _legend(axes, programs: dict) -> None:
-    largest = {}
-    for part in programs.values():
-        for owner, count in part["owners"].items():
-            if count >= SMALL * part["peak_bytes"]:
-                largest[owner] = count
-    handles = [Rectangle((0, 0), 1, 1, fc=COLOURS[owner], lw=0) for owner in COLOURS if owner in largest]
-    names = [owner for owner in COLOURS if owner in largest]
+    """A key for the owners that can be seen."""
+    seen = {o for part in programs.values() for o, n in part["owners"].items() if n >= SMALL * part["peak_bytes"]}
+    names = [owner for owner in COLOURS if owner in seen]
     axes.legend(
-        handles, names, loc="lower left", bbox_to_anchor=(-0.008, 0.985), ncols=len(names), frameon=False, fontsize=9,
-        handlelength=0.9, handleheight=0.9, handletextpad=0.45, columnspacing=1.2, labelcolor=INK, borderpad=0.2,
+        [Rectangle((0, 0), 1, 1, fc=COLOURS[owner], lw=0) for owner in names], names, loc="lower left",
+        bbox_to_anchor=(-0.008, 1.0), ncols=len(names), frameon=False, fontsize=9, handlelength=0.9, handleheight=0.9,
+        handletextpad=0.45, columnspacing=1.2 if len(names) < 9 else 0.8, labelcolor=INK, borderpad=0.2, borderaxespad=0.1,
     )  # fmt: skip
 
 
@@ -109,8 +107,8 @@ def _owners_panel(axes, name: str, part: dict, owners: dict) -> None:
         axes.annotate(
             label, (count / GIB, row), (5, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK
         )
-    axes.set_yticks(range(len(ordered)), [owner for owner, _ in ordered], fontsize=10, color=INK)
-    axes.set_ylim(max(len(ordered), 5) - 0.4, -0.6)
+    axes.set_yticks(range(len(ordered)), [owner for owner, _ in ordered], fontsize=10, va="center_baseline")
+    axes.set_ylim(max(len(ordered), 6) - 0.4, -0.6)
     axes.set_xlim(0, max(owners.values()) / GIB * 1.32)
     axes.set_xticks([])
     _plain(axes)
