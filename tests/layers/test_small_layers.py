@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import quick
 
 from jaxvram.layers.embeddings import Embed
 from jaxvram.layers.mlp import ACTIVATIONS
-from jaxvram.layers.norms import LayerNorm
+from jaxvram.layers.norms import LayerNorm, layer_norm
 
 
 def test_layer_norm():
@@ -48,3 +49,45 @@ def test_gradients_of_a_frequent_token_add_up_in_fp32():
     assert table.apply(variables, ids_BxT).dtype == jnp.bfloat16
     grad = jax.grad(lambda v: table.apply(v, ids_BxT).astype(jnp.float32).sum())(variables)["params"]["embedding"]
     np.testing.assert_array_equal(grad, [[4096, 4096], [0, 0], [0, 0]])
+
+
+def by_autodiff(x_BxTxD, scale_D, bias_D, epsilon):
+    """The formula in plain operations, for JAX to differentiate."""
+    x_BxTxD = x_BxTxD.astype(jnp.float32)
+    n_BxTxD = (x_BxTxD - x_BxTxD.mean(-1, keepdims=True)) / jnp.sqrt(x_BxTxD.var(-1, keepdims=True) + epsilon)
+    return n_BxTxD * scale_D + (0 if bias_D is None else bias_D)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_layer_norms_own_gradient(dtype, tolerance, with_bias):
+    """Equals autodiff of the formula; an epsilon that matters; parameters' gradients in fp32 whatever the compute dtype."""
+    random = np.random.RandomState(0)
+    x_BxTxD, g_BxTxD = (jnp.asarray(random.normal(0.3, 1, (2, 5, 16)), dtype) for _ in range(2))
+    scale_D, bias_D = random.normal(1, 0.3, (2, 16)).astype(np.float32)
+    args = (x_BxTxD, scale_D, bias_D if with_bias else None)
+
+    def gradients(f, out_dtype):
+        pull = lambda args, g: jax.vjp(f, *args)[1](g.astype(out_dtype))
+        return quick.jit(pull)(args, g_BxTxD)
+
+    got = gradients(lambda x, s, b: layer_norm(x, s, b, 0.5, dtype), dtype)
+    want = gradients(lambda x, s, b: by_autodiff(x, s, b, 0.5), jnp.float32)
+    assert [x.dtype for x in got if x is not None] == [dtype, jnp.float32, jnp.float32][: 2 + with_bias]
+    assert max(jax.tree.leaves(jax.tree.map(quick.relative_error, got, want))) < tolerance
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_own_gradient(name):
+    """Central differences of the formula in float64; in bf16 nothing but the input is kept, in bf16."""
+    x_N = np.linspace(-6, 6, 97)
+    by_erf = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    by_tanh = lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    f = {"gelu": by_erf, "gelu_tanh": by_tanh}[name]
+    slope = (f(x_N + 1e-5) - f(x_N - 1e-5)) / 2e-5
+    gradient = quick.jit(jax.vmap(jax.grad(ACTIVATIONS[name])))
+    np.testing.assert_allclose(gradient(x_N.astype(np.float32)), slope, atol=1e-5)
+    in_bf16 = jnp.asarray(x_N, jnp.bfloat16)
+    assert quick.relative_error(gradient(in_bf16), slope) < 0.02
+    pull = jax.eval_shape(lambda x: jax.vjp(ACTIVATIONS[name], x)[1], in_bf16)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(pull)] == [(x_N.shape, jnp.bfloat16)]
