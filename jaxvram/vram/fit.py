@@ -1,6 +1,7 @@
 """The fastest microbatch and remat that fit a card: fewest recomputed FLOPs first, then the largest microbatch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,49 +43,55 @@ def find_fit(
     remats: tuple[str, ...] = REMATS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fit:
-    """Searches with few compilations: one for a remat that is hopeless, about log2 of the divisors for one that is not.
+    """Searches with few compilations: two for a remat that is hopeless, about four for the one that is chosen.
 
     Args:
       build: (microbatch, remat) -> the train step's Program; microbatch divides batch_size.
       remats: choices of remat.
-      progress: called with a line for each compilation.
+      progress: called with a line at the start and after each compilation.
     """
     trials = []
 
-    def fits(microbatch, remat):
+    def attempt(microbatch, remat):
         program = build(microbatch, remat)
         compiled = compile_for(card, program.fn, program.args, program.donate_argnums)
-        trial = Trial(
-            microbatch, remat, compiled.peak_bytes, compiled.matmul_flops, compiled.peak_bytes <= card.usable_bytes
-        )
-        trials.append(trial)
-        verdict = "fits" if trial.fits else "too much"
-        progress(f"microbatch {microbatch}, remat {remat}: {size(trial.peak_bytes)}, {verdict}")
-        return trial if trial.fits else None
+        peak = compiled.peak_bytes
+        trials.append(Trial(microbatch, remat, peak, compiled.matmul_flops, peak <= card.usable_bytes))
+        verdict = "fits" if trials[-1].fits else "too much"
+        progress(f"microbatch {microbatch}, remat {remat}: {size(peak)}, {verdict}")
+        return trials[-1]
 
+    progress(f"counting the FLOPs of remat {', '.join(remats)}")
     cost = {remat: _flops(build(batch_size, remat)) for remat in remats}
     best = None
     for remat in sorted(remats, key=cost.get):  # sorted is stable: of equals the one named first
-        if best := _largest_microbatch(lambda microbatch, remat=remat: fits(microbatch, remat), batch_size):
+        best = _largest_microbatch(functools.partial(attempt, remat=remat), batch_size, card.usable_bytes)
+        if best:
             break
     return Fit(card, tuple(trials), min(cost.values()), best)
 
 
-def _largest_microbatch(fits: Callable[[int], Trial | None], batch_size: int) -> Trial | None:
+def _largest_microbatch(attempt: Callable[[int], Trial], batch_size: int, usable_bytes: int) -> Trial | None:
     """The whole batch first: without microbatches there is no second tree of gradients, so it may need less than half of it.
 
-    Below it memory grows with the microbatch, and bisection finds the edge.
+    Below it memory grows with the microbatch, nearly in a straight line: that line says where to look for the edge.
     """
-    if best := fits(batch_size):
-        return best
+    whole = attempt(batch_size)
+    if whole.fits:
+        return whole
     sizes = [size for size in range(1, batch_size) if batch_size % size == 0]
-    if not sizes or not (best := fits(sizes[0])):
+    if not sizes or not (least := attempt(sizes[0])).fits:
         return None
+    best, last = least, whole
     low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
-        middle = (low + high) // 2
-        if trial := fits(sizes[middle]):
-            low, best = middle, trial
+        a_row = max(1, (last.peak_bytes - least.peak_bytes) / (last.microbatch - least.microbatch))
+        reach = best.microbatch + (usable_bytes - best.peak_bytes) / a_row
+        guess = max(index for index, size in enumerate(sizes) if size <= reach)
+        middle = min(max(guess, low + 1), high - 1)
+        last = attempt(sizes[middle])
+        if last.fits:
+            low, best = middle, last
         else:
             high = middle
     return best

@@ -50,7 +50,7 @@ def test_fewest_recomputed_flops_come_before_a_large_microbatch(search):
     found = search(1000)
     assert (found.best.microbatch, found.best.remat) == (8, "none")  # 16 rows would be 1650 bytes
     assert found.override == "--config.train.microbatch_size=8 --config.model.remat=none"
-    assert len(found.trials) <= 5
+    assert [trial.microbatch for trial in found.trials] == [64, 1, 8, 16]
 
 
 def test_a_hopeless_remat_costs_two_compilations(search):
