@@ -138,8 +138,8 @@ class _Reader:
         for allocation in module.allocations:
             if allocation.parameter is not None or not allocation.is_output:
                 continue
-            values = [module.values[v] for v in allocation.values]
-            number = next((number_of[v.id] for v in values if v.id in number_of), None)
+            values = [module.values[v] for v in allocation.values if v in number_of]  # not what lay there before
+            number = number_of[values[0].id] if values else None
             if number is None or number >= len(paths):  # the table of pointers to the others
                 buffers.append(Buffer("table of results", allocation.bytes, "", "", "other"))
                 continue

@@ -6,8 +6,12 @@ silence, is in this file.
 
 import contextlib
 import dataclasses
+import importlib.util
+import os
 import pathlib
+import shutil
 import tempfile
+import time
 
 import jax
 from jax.experimental import topologies
@@ -20,7 +24,7 @@ from jaxvram.vram.cards import Card, local_device
 from jaxvram.vram.flops import matmul_flops
 from jaxvram.vram.quiet import quiet
 
-INSTALL = "pip install 'jaxvram[plan]'   (that is: pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12; about 560 MB)"
+INSTALL = "pip install -e '.[plan]'   (that is: pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12; about 560 MB)"
 
 # JAX >= 0.11 asks which GPU a Triton kernel is lowered for, by a name in its own short table; only the compute capability
 # behind the name counts.
@@ -35,6 +39,8 @@ NAMES_JAX_KNOWS = {
 # Unable to autotune, XLA gives every matrix product one tiling, which some of few rows (sampling) can't hold; on the card
 # it would try cuBLAS, and so does the second attempt.
 WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+
+DUMPS = "jaxvram-plan-"  # names of temporary folders begin so, then comes the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,8 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
 
 def _compile(lowered, options: dict, card: Card):
     """(sizes, the optimised program with its buffer assignment)."""
-    with tempfile.TemporaryDirectory(prefix="jaxvram-plan-") as dump:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{DUMPS}{os.getpid()}-") as dump:
         options = options | {"xla_dump_to": dump, "xla_dump_hlo_as_proto": True}
         try:
             with _no_compilation_cache(), quiet():
@@ -131,6 +138,26 @@ def _compile(lowered, options: dict, card: Card):
     if not protos:
         raise RuntimeError("XLA wrote no buffer assignment; is XLA_FLAGS changing its dumps?")
     return memory, hlo.read(max(protos, key=len))
+
+
+def _sweep() -> None:
+    """Removes the dumps of plans that were killed: no process of theirs could."""
+    for folder in pathlib.Path(tempfile.gettempdir()).glob(f"{DUMPS}*-*"):
+        pid = folder.name.removeprefix(DUMPS).partition("-")[0]
+        with contextlib.suppress(OSError):
+            # An hour, since a process of another container may have a number that none has here.
+            if pid.isdigit() and not _alive(int(pid)) and time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _described(card: Card) -> NamedSharding:
@@ -148,9 +175,6 @@ def _described(card: Card) -> NamedSharding:
 
 
 def _has_ptxas() -> bool:
-    import importlib.util
-    import shutil
-
     try:
         packaged = importlib.util.find_spec("nvidia.cuda_nvcc")
     except ModuleNotFoundError:

@@ -84,6 +84,9 @@ def test_results_are_named_and_owned_by_their_path(rtx4070):
     bill = make_bill(compile_for(rtx4070, init, ()))
     assert bill.owners["parameters"] == bill.owners["weight average"] == WEIGHTS
     assert {"params/wte/embedding", "ema/h/mlp/kernel"} <= {b.name for b in bill.buffers}
+    assert {b.source for b in bill.buffers if b.owner == "parameters"} == {
+        ""
+    }  # constants: no line of its own made them
     assert sum(bill.owners.values()) == bill.compiled.peak_bytes
 
 

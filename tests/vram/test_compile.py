@@ -1,7 +1,11 @@
 """Compiling without the card: exact bytes, donation, silence, nothing left behind, clear errors."""
 
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +66,25 @@ def test_random_keys_and_half_precision_are_arguments_too(rtx4070):
     assert compiled.argument_bytes == 8 + 2 * 64
 
 
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")  # JAX 0.12 announces its end
+@pytest.mark.parametrize("name", ["rtx3060", "rtx4070", "a100-40g", "h100", "rtx5070"])
+def test_pallas_kernels_are_compiled_for_the_card_not_for_this_machine(rtx4070, name):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    def pallas(x):
+        parameters = triton.CompilerParams(num_warps=4, num_stages=1)
+        return pl.pallas_call(double, jax.ShapeDtypeStruct(x.shape, x.dtype), compiler_params=parameters)(x)
+
+    either = lambda x: jax.lax.platform_dependent(x, cuda=pallas, default=lambda x: x + x)
+    module = compile_for(cards.find(name), either, (spec(256),)).module
+    opcodes = {i.opcode for i in module.instructions.values()}
+    assert "custom-call" in opcodes and "conditional" not in opcodes
+
+
 def test_it_is_silent_and_leaves_nothing_behind(rtx4070, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen = []
@@ -86,6 +109,21 @@ def test_a_refused_program_is_one_line_and_leaves_nothing_behind(rtx4070, tmp_pa
     with pytest.raises(UserError, match=r"RTX 4070 refuses this program: INTERNAL: shared memory size limit exceeded$"):
         compiler._compile(Refusing(), refuse, rtx4070)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dumps_of_killed_plans_are_swept_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    folders = {}
+    for name, pid, hours in (("old", killed.pid, 2), ("fresh", killed.pid, 0), ("mine", os.getpid(), 2)):
+        folders[name] = tmp_path / f"jaxvram-plan-{pid}-{name}"
+        (folders[name] / "inside").mkdir(parents=True)
+        os.utime(folders[name], (time.time() - 3600 * hours,) * 2)
+    (tmp_path / "jaxvram-plan-notes-by-hand").mkdir()
+    compiler._sweep()
+    assert not folders["old"].exists()
+    assert folders["fresh"].exists() and folders["mine"].exists() and (tmp_path / "jaxvram-plan-notes-by-hand").exists()
 
 
 def test_products_that_no_default_tile_holds_go_to_cublas(rtx4070):
@@ -126,7 +164,7 @@ def test_without_the_planner_the_error_says_what_to_install(monkeypatch):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(compiler.topologies, "get_topology_desc", missing)
-    with pytest.raises(UserError, match=r"pip install 'jaxvram\[plan\]'.*jax\[cuda12-local\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plan\]'.*jax\[cuda12-local\]"):
         compile_for(cards.find("rtx4070"), lambda x: x, (spec(1),))
 
 
