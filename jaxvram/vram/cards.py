@@ -156,11 +156,10 @@ def local_card() -> Card | None:
     device = local_device()
     if device is None:
         return None
-    by_description = {card.description: card for card in CARDS.values()}
-    # Names that CUDA gives to variants (PCIe, NVL, 16 GB) go on after the one in the table.
-    known = next((c for d, c in by_description.items() if device.device_kind.startswith(d)), None)
+    known = {card.description: card for card in CARDS.values()}.get(device.device_kind)
     fraction = _memory_fraction()
     capacity = round(device.memory_stats()["bytes_limit"] / fraction)
+    # An RTX 4060 Ti comes with 8 and with 16 GB under one name.
     if known and abs(capacity - known.capacity_bytes) < 0.1 * known.capacity_bytes:
         return dataclasses.replace(known, capacity_bytes=capacity, memory_fraction=fraction)
     capability = tuple(int(n) for n in str(device.compute_capability).split("."))

@@ -93,7 +93,7 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
     """
     settle_platform()
     device = local_device()
-    if device is not None and device.device_kind.startswith(card.description):
+    if device is not None and device.device_kind == card.description:
         sharding, options, lowering = SingleDeviceSharding(device), {}, contextlib.nullcontext()
     else:
         # Autotuning runs kernels on the card itself; without this option the compile would fail.

@@ -84,7 +84,16 @@ def test_the_gpu_of_this_machine(monkeypatch):
     assert card.capacity_bytes == pytest.approx(9.8 * GIB, abs=4)
 
 
-def test_a_laptops_card_of_the_same_name_keeps_its_own_size(monkeypatch):
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4070 Ti", "NVIDIA GeForce RTX 4060 Ti"])
+def test_a_card_that_only_resembles_one_in_the_table_is_described_by_itself(monkeypatch, kind):
+    monkeypatch.setattr(cards, "local_device", lambda: _device(kind, 7.63, 0.75, cores=34))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    card = cards.local_card()
+    assert (card.name, card.description, card.multiprocessors) == ("local", kind, 34)
+    assert card.capacity_bytes == pytest.approx(7.63 * GIB, abs=4)
+
+
+def test_a_laptops_card_keeps_its_own_size(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     monkeypatch.setattr(
         cards, "local_device", lambda: _device("NVIDIA GeForce RTX 4070 Laptop GPU", 7.63, 0.9, cores=36)
