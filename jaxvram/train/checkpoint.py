@@ -60,8 +60,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._managers = {}
-        # The first failure of a save is raised, and told; asyncio would log those of the other arrays, with tracebacks.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        _hush_orphans()
 
     def save(self, kind: str, step: int, state, meta: dict[str, Any]) -> None:
         """Begins to save; weights alone for 'best'. Returns when the state may be changed.
@@ -159,16 +158,18 @@ class Checkpoints:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-        _drop_orphans()
         if what == "save" or unwritable:
             raise UserError(f"could not write {path} ({reason}); free some space and run the same command")
         others = "delete that folder to start anew, or give another --workdir"
         raise UserError(f"checkpoint {path} is damaged ({reason}); {others}")
 
 
-def _drop_orphans() -> None:
-    """When one read fails, Orbax leaves the others to themselves; Python would report each with a page of text."""
+def _hush_orphans() -> None:
+    """The first array that fails is told. Orbax leaves the others to themselves; Python has a page to say on each."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
+    if getattr(report, "__module__", "") == __name__:
+        return
 
     def hook(unraisable):
         words = f"{unraisable.object!r} {unraisable.exc_value!r}"
