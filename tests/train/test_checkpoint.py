@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_model_is_told_by_its_first_parameter(saved, sta
 
 
 def test_there_is_none(tmp_path, program):
-    with pytest.raises(UserError, match="no checkpoint in .*train first"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*train first"):
         Checkpoints(tmp_path).restore("latest", program.target)
     assert not list(tmp_path.iterdir())
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_it(copy, program, 
     checkpoints = Checkpoints(copy)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # no file may grow beyond 64 bytes
     try:
-        with pytest.raises(UserError, match="could not write .*latest/8"):
+        with pytest.raises(UserError, match=r"could not write .*latest/8"):
             checkpoints.save("latest", 8, state, {})
             checkpoints.wait()
     finally:

@@ -133,7 +133,7 @@ def test_after_a_rollback_a_resumed_run_goes_on_with_the_same_batches(tiny_recip
 
 
 def test_a_run_that_cannot_recover_says_so(tiny_recipe, tmp_path, no_report):
-    loop, stream = a_run(tiny_recipe, tmp_path, {n: NAN for n in range(11, 99)})
+    loop, stream = a_run(tiny_recipe, tmp_path, dict.fromkeys(range(11, 99), NAN))
     with pytest.raises(
         UserError, match="diverged: 3 steps in a row .* rolled back 2 times already; lower optimizer.learning"
     ):
@@ -145,7 +145,7 @@ def test_a_run_that_cannot_recover_says_so(tiny_recipe, tmp_path, no_report):
 def test_a_run_that_diverges_before_its_first_checkpoint_says_so(tiny_recipe, tmp_path):
     recipe = tiny_recipe(train={"guard": GuardConfig(patience=3)})
     with pytest.raises(UserError, match="no checkpoint to go back to"):
-        train(recipe, ToyTask(ToySource({n: INF for n in range(99)})), tmp_path / "run", stream=io.StringIO())
+        train(recipe, ToyTask(ToySource(dict.fromkeys(range(99), INF))), tmp_path / "run", stream=io.StringIO())
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"patience": 0}, {"z_score": -1.0}, {"max_rollbacks": -1}])

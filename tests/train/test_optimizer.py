@@ -88,7 +88,7 @@ def test_clipping_does_not_count_frozen_gradients():
     """The norm that is clipped is that of what moves, so freezing more does not slow the rest."""
     huge = lambda n: jax.tree.map(lambda p: jnp.full_like(p, 1.0 if p.ndim == 3 else 1e-3), PARAMS)
     frozen = {"frozen": ParamGroup(".*kernel", lr_multiplier=0.0), "rest": ParamGroup(".*(embedding|bias|scale)")}
-    cfg = dict(name="lion", schedule="constant", clip_norm=1.0)
+    cfg = {"name": "lion", "schedule": "constant", "clip_norm": 1.0}
     after, _ = run(OptimizerConfig(groups=frozen, **cfg), 1, huge)
     np.testing.assert_allclose(PARAMS["ln_f"]["scale"] - after["ln_f"]["scale"], 6e-4, rtol=1e-3)
 

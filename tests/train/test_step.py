@@ -11,7 +11,6 @@ from jaxvram.train.loop import make_program
 from jaxvram.train.sharding import make_mesh
 from jaxvram.train.step import TrainConfig, loss_and_gradients
 
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 compiled = jax.jit(loss_and_gradients, static_argnums=(0, 4))
 
@@ -33,7 +32,7 @@ def program(quick_compile, tiny_recipe, make_task):
 
 
 def test_microbatches_equal_one_batch_with_uneven_masks(uneven):
-    recipe, task, batch = uneven
+    _recipe, task, batch = uneven
     params = task.init(jax.random.key(0))
     key = jax.random.key(1)
     loss, grads, _ = compiled(task, params, batch, key, 1)
@@ -59,7 +58,7 @@ def test_a_step_of_microbatches_gives_the_same_parameters(uneven, tiny_recipe):
 
 def test_microbatches_draw_their_own_dropout(program, uneven):
     """With dropout, rows that are equal must not be masked equally in two microbatches."""
-    _, task, batch = uneven
+    _, _task, batch = uneven
 
     class Noisy(ToyTask):
         def loss(self, params, batch, key=None):
