@@ -8,6 +8,7 @@ from absl import flags, logging
 
 from jaxvram import host
 from jaxvram.errors import UserError, nearest
+from jaxvram.vram.cards import MEMORY_FRACTION
 from jaxvram.vram.quiet import quiet
 
 MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare")
@@ -27,7 +28,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
 def main(argv: list[str]) -> int:
     """The exit status: 0, 2 after an error that the user can put right, 128 + signal after a checkpoint on a signal."""
     # JAX takes 75 % of a card by default; on 12 GB the rest is worth having. Before JAX is imported.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.FATAL)  # Orbax logs, with its traceback, what it then raises
     try:
