@@ -12,8 +12,8 @@
   xl         1,558 M   RTX 4070  to fine-tune        7.8 GiB       OpenAI's weights: 2.831
   tiny           1 M   2 cores   2 minutes           0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 
-Times are arithmetic, not measurements: 6 N + 6 L D T FLOPs a token at 40 % of the card's 58 TFLOP/s. With --mode=fit the 124m
-runs at microbatch 16 without remat in 10.0 GiB, a quarter fewer FLOPs; that leaves little room for other programs.
+Times are arithmetic, not measurements: 6 N + 6 L D T FLOPs a token at 40 % of the card's 58 TFLOP/s. With --mode=fit the
+124m runs at microbatch 16 without remat in 10.0 GiB, a quarter fewer FLOPs; that leaves little room for other programs.
 """
 
 from jaxvram import recipe
