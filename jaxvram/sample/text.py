@@ -64,7 +64,7 @@ def generate(
         return (token_B, state), token_B
 
     n_cached = min(new_tokens, T - P + 1)
-    (last_B, _), cached_NxB = jax.lax.scan(cached_step, (first_B, state), keys_N[1:n_cached])
+    _, cached_NxB = jax.lax.scan(cached_step, (first_B, state), keys_N[1:n_cached])
     tokens_BxN = jnp.concatenate([first_B[:, None], cached_NxB.T], axis=1)
     if n_cached == new_tokens:
         return tokens_BxN

@@ -13,10 +13,11 @@ PARTS = {
 
 
 def memory_section(plan: dict, picture: Path) -> str:
-    """The section of plan.json, "" without one. `picture` is plan.png, shown if it exists."""
+    """The section of plan.json, or how to get one. `picture` is plan.png, shown if it exists."""
     programs = {name: plan[name] for name in ("init", "train", "sample") if isinstance(plan.get(name), dict)}
     if not programs:
-        return ""
+        command = escape(f"--mode=plan --card=rtx4070 --workdir={picture.parent}")
+        return f'<div class="card"><p>No plan here yet. The same command with <code>{command}</code> adds it.</p></div>'
     capacity, reserved = (number(plan.get(key)) for key in ("capacity_bytes", "reserved_bytes"))
     room = f"{capacity / GIB:.2f} GiB on the card, {reserved / GIB:.2f} GiB of it kept in reserve (hatched)"
     keys = [("train", "arguments"), ("val", "temporaries"), ("third", "outputs that are not donated arguments")]
