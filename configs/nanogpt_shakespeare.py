@@ -8,7 +8,7 @@
   cpu      2 cores         3   0.1 GiB      validation loss 1.87 after 2,000 steps (nanoGPT's README: 1.88)
   tiny     2 cores         1   0.1 GiB      training loss from 4.2 to about 2.3
 
-`cpu` exactly as published: add --config.data.order=random --config.train.ema_decay=0 --config.optimizer.final_lr_fraction=0.1
+`cpu` as published: add --config.data.order=random --config.train.ema_decay=0 --config.optimizer.final_lr_fraction=0.1
 """
 
 from jaxvram import recipe
@@ -54,7 +54,7 @@ def get_config(variant="auto"):
         c.train.update(steps=2000, batch_size=12)
         c.eval.batches = 20
     if variant == "cpu":
-        # As published, this run ends at 1.904 in PyTorch and at 1.908 and 1.916 here (two seeds, on 145 batches; the README's
+        # As published, this run ends at 1.904 in PyTorch, at 1.908 and 1.916 here (two seeds, on 145 batches; the README's
         # 1.88 is of 20 random ones). What is ours: every window once an epoch, and an average of the weights instead of
         # the last part of the decay. Data, network, steps, batch and peak rate are nanoGPT's.
         c.data.order = "shuffled"

@@ -56,6 +56,12 @@ def test_the_bound_is_z_score_deviations_above_the_mean():
         assert run_judge(GuardConfig(window=32, z_score=4), [*seen, (loss, 1.0)])[0][-1] is expected
 
 
+@pytest.mark.parametrize(("norm", "expected"), [(2.5, True), (3.5, False)])
+def test_a_norm_that_clipping_deals_with_is_no_outlier(norm, expected):
+    """Both lie more than eight deviations out; only the second is also more than three times the mean."""
+    assert run_judge(GuardConfig(window=16), [*noisy(16), (2.0, norm)])[0][-1] is expected
+
+
 def test_a_lasting_change_is_accepted_and_a_fall_is_no_outlier():
     verdicts, _ = run_judge(GuardConfig(window=16, z_score=3), [*noisy(16), *noisy(8, around=20)])
     assert not verdicts[16] and all(verdicts[20:])
