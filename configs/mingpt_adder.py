@@ -3,7 +3,7 @@
   python launch.py --config=configs/mingpt_adder.py
 
   variant  card      minutes  planned peak  to expect
-  nano     any             5   0.1 GiB      97 to 99.6 % of held-out sums from 3,000 steps on (seen to 5,000); minGPT gives none
+  nano     any             5   0.1 GiB      97 to 99.6 % of held-out sums from 3,000 steps on; minGPT gives no figure
                                             (its notebook of 2020, a larger model: 99.90 % of 1,000)
   tiny     2 cores         1   0.1 GiB      99.6 % of 500 held-out sums after 3,000 of its 4,000 steps, loss 0.03
 """
