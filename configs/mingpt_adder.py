@@ -15,15 +15,10 @@ from jaxvram.sample.text import SampleConfig
 from jaxvram.tasks.language import LanguageConfig
 from jaxvram.train.evaluate import EvalConfig
 from jaxvram.train.guard import GuardConfig
-from jaxvram.train.optimizer import OptimizerConfig, ParamGroup
+from jaxvram.train.optimizer import LINEAR_DECAY, OptimizerConfig
 from jaxvram.train.step import TrainConfig
 
 VARIANTS = ("nano", "tiny")  # `auto` is the first where there is a GPU, the last where there is none
-
-LINEAR_DECAY = {  # minGPT decays the weights of nn.Linear alone: not tables, norms or biases
-    "linear": ParamGroup(r".*kernel", weight_decay=0.1),
-    "plain": ParamGroup(r".*(embedding|bias|scale)"),
-}
 
 
 def get_config(variant="auto"):

@@ -21,6 +21,10 @@ MATRICES_DECAY = {  # nanoGPT, llm.c: everything with two axes or more, tables i
     "decayed": ParamGroup(r".*(kernel|embedding)", weight_decay=0.1),
     "plain": ParamGroup(r".*(bias|scale)"),
 }
+LINEAR_DECAY = {  # minGPT: the weights of linear layers alone
+    "linear": ParamGroup(r".*kernel", weight_decay=0.1),
+    "plain": ParamGroup(r".*(embedding|bias|scale)"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
