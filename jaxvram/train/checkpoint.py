@@ -142,7 +142,9 @@ class Checkpoints:
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         if kind not in self._managers:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            # With several processes Orbax' background threads meet at barriers of their own, and can miss each other.
+            alone = jax.process_count() == 1
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=alone)
             open_it = lambda: ocp.CheckpointManager(self.folder / kind, options=options)
             self._managers[kind] = self._try("open", None, kind, open_it)
         return self._managers[kind]

@@ -141,7 +141,7 @@ def test_after_a_rollback_a_resumed_run_goes_on_with_the_same_batches(tiny_recip
 def test_a_run_that_cannot_recover_says_so(tiny_recipe, tmp_path, no_report):
     loop, stream = a_run(tiny_recipe, tmp_path, dict.fromkeys(range(11, 99), NAN))
     with pytest.raises(
-        UserError, match="diverged: 3 steps in a row .* rolled back 2 times already; lower optimizer.learning"
+        UserError, match=r"diverged: 3 steps in a row .* rolled back 2 times already; lower optimizer.learning"
     ):
         loop.run()
     assert "rollback 2 of 2" in stream.getvalue()
