@@ -47,7 +47,7 @@ def load_recipe():
 
 def jaxvram_side(recipe, task, params):
     """`run(batches) -> losses`, with the train step that launch.py compiles."""
-    from jaxvram.train.loop import make_program
+    from jaxvram.train.program import make_program
     from jaxvram.train.sharding import make_mesh, to_devices
 
     mesh = make_mesh(recipe.mesh)

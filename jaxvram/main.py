@@ -8,8 +8,8 @@ from absl import flags, logging
 
 from jaxvram import host
 from jaxvram.errors import UserError, nearest
+from jaxvram.quiet import quiet
 from jaxvram.vram.cards import MEMORY_FRACTION
-from jaxvram.vram.quiet import quiet
 
 MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare")
 

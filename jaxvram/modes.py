@@ -15,7 +15,8 @@ from jaxvram.tasks.language import LanguageTask
 from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
-from jaxvram.train.loop import Loop, make_program
+from jaxvram.train.loop import Loop
+from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh, shardings
 
 UNKNOWN_VOCABULARY = 256  # characters; more than any text in one European language has

@@ -20,11 +20,15 @@ def budgets(path):
 
 
 def names(path):
+    """The variants of a recipe."""
     return re.search(r"^VARIANTS = \((.*?)\)", path.read_text(), re.M)[1].replace('"', "").replace(",", " ").split()
 
 
+RECIPES = [(path, variant) for path in CONFIGS for variant in names(path)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "variant"), [(p, v) for p in CONFIGS for v in names(p)], ids=lambda x: getattr(x, "stem", x))
+@pytest.mark.parametrize(("path", "variant"), RECIPES, ids=lambda x: getattr(x, "stem", x))
 def test_the_train_step_plans_within_the_headers_budget(path, variant):
     card = cards.find("rtx4070")
     built = recipe.build(*recipe.load(f"{path}:{variant}"))

@@ -13,7 +13,6 @@ from jaxvram.sample.text import SampleConfig, generate
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    name: str = "language"  # next-token prediction
     score_problems: int = 1000  # held-out problems answered at each evaluation; only where the data has answers
 
 

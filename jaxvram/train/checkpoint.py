@@ -6,12 +6,14 @@ before it whole. The old one is deleted only after that. Saving goes on beside t
 
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import pathlib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvram.errors import UserError
+from jaxvram.quiet import quiet
 from jaxvram.train.optimizer import path_name
-from jaxvram.vram.quiet import quiet
 
 KINDS = ("latest", "best")
 
@@ -160,6 +162,9 @@ class Checkpoints:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+        with warnings.catch_warnings():  # what Orbax had begun beside the read that failed: it never waits for it
+            warnings.simplefilter("ignore", RuntimeWarning)
+            gc.collect()
         if what == "save" or unwritable:
             raise UserError(f"could not write {path} ({reason}); free some space and run the same command")
         others = "delete that folder to start anew, or give another --workdir"
@@ -175,7 +180,7 @@ def _hush_orphans() -> None:
 
     def hook(unraisable):
         words = f"{unraisable.object!r} {unraisable.exc_value!r}"
-        if "_read_array_index" not in words and "Event loop is closed" not in words:
+        if not any(known in words for known in ("_read_array_index", "Event loop is closed", "was never awaited")):
             report(unraisable)
 
     sys.unraisablehook = hook

@@ -1,8 +1,6 @@
 """The training loop: dispatch a step, then read the metrics of the one before; evaluate, save, recover, stop."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -20,63 +18,29 @@ from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.interrupt import Interrupt
 from jaxvram.train.metrics import MetricsLog, write_atomic
-from jaxvram.train.optimizer import make_optimizer
+from jaxvram.train.program import make_program
 from jaxvram.train.progress import Progress
-from jaxvram.train.sharding import local_rows, make_mesh, shardings, to_devices
-from jaxvram.train.step import init_state, make_train_step
+from jaxvram.train.sharding import local_rows, make_mesh, to_devices
 
 REPORT_SECONDS = 60  # at the least between two drawings of report.html
 
 
-@dataclasses.dataclass
-class Program:
-    """The compiled parts of a run, and where its arrays live. Made from a recipe and a task, on any mesh."""
-
-    mesh: jax.sharding.Mesh
-    target: object  # TrainState of shapes with shardings
-    init: object  # jitted: () or (params,) -> TrainState
-    step: object  # jitted: (state, batch) -> (state, metrics), the state donated
-
-
-def make_program(recipe, task, mesh) -> Program:
-    """Nothing runs and nothing is allocated here: a plan lowers the same program for a card that isn't there."""
-    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
-    tx, schedule = make_optimizer(recipe.optimizer, abstract_params, recipe.train.steps)
-    init = functools.partial(init_state, task, tx, recipe.train)
-    target = jax.eval_shape(init)
-    homes = shardings(target, mesh)
-    target = jax.tree.map(lambda s, home: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=home), target, homes)
-    step = make_train_step(task, tx, schedule, recipe.train)
-    return Program(
-        mesh=mesh,
-        target=target,
-        init=jax.jit(init, out_shardings=homes),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
-    )
-
-
-def train(recipe, task, workdir, init_params=None, stream=None) -> dict:
-    """Trains to `recipe.train.steps`, resuming whatever `workdir` holds; returns the last evaluation.
+class Loop:
+    """One run: trains to `recipe.train.steps`, resuming whatever `workdir` holds. Read `run` first.
 
     Args:
       recipe: a Recipe.
       task: what is learnt (tasks/).
       workdir: the run folder; made if need be.
-      init_params: parameters to start from; None: from the seed.
       stream: where progress goes; None: standard output.
     Raises:
       UserError: the folder belongs to another recipe, a checkpoint is damaged, the disk is full, or the run diverged
         more often than the guard allows.
     """
-    return Loop(recipe, task, pathlib.Path(workdir), stream).run(init_params)
 
-
-class Loop:
-    """One run. Read `run` first."""
-
-    def __init__(self, recipe, task, workdir: pathlib.Path, stream=None):
-        check_workdir(workdir, recipe)
-        self.recipe, self.task, self.workdir = recipe, task, workdir
+    def __init__(self, recipe, task, workdir, stream=None):
+        check_workdir(pathlib.Path(workdir), recipe)
+        self.recipe, self.task, self.workdir = recipe, task, pathlib.Path(workdir)
         self.writes = jax.process_index() == 0
         self.program = make_program(recipe, task, make_mesh(recipe.mesh))
         cfg = recipe.train
@@ -90,6 +54,7 @@ class Loop:
         self.stream = stream
 
     def run(self, init_params=None) -> dict:
+        """The last evaluation. `init_params`: parameters to start from; None: from the seed."""
         cfg = self.recipe.train
         state, start, meta, notes = self._begin(init_params)
         self.progress = Progress(

@@ -19,10 +19,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxvram.errors import UserError
+from jaxvram.quiet import quiet
 from jaxvram.vram import hlo
 from jaxvram.vram.cards import Card, local_device
 from jaxvram.vram.flops import matmul_flops
-from jaxvram.vram.quiet import quiet
 
 INSTALL = "pip install -e '.[plan]'   (that is: pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12; about 560 MB)"
 

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.sample.text import generate
-from jaxvram.train.optimizer import make_optimizer
-from jaxvram.train.step import init_state, make_train_step
+from jaxvram.train.program import make_functions
 from jaxvram.vram import cards, figures
 from jaxvram.vram.bill import make_bill
 from jaxvram.vram.cards import Card, size
@@ -54,19 +53,12 @@ def programs(recipe, task) -> dict[str, Program]:
       recipe: a Recipe; its optimizer, train and sample sections are read.
       task: a task that knows its vocabulary; needs no data.
     """
-    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
-    tx, schedule = make_optimizer(recipe.optimizer, abstract_params, recipe.train.steps)
-
-    def init():
-        return init_state(task, tx, recipe.train)
-
-    state = jax.eval_shape(init)
-    step = make_train_step(task, tx, schedule, recipe.train)
+    functions = make_functions(recipe, task)
     batch = task.batch_spec(recipe.train.batch_size)
     return {
-        "init": Program(init),
-        "train": Program(step, (state, batch), (0,)),
-        "sample": _sampling(task, recipe.sample, state.eval_params),
+        "init": Program(lambda: functions.init()),  # without parameters to start from
+        "train": Program(functions.step, (functions.state, batch), (0,)),
+        "sample": _sampling(task, recipe.sample, functions.state.eval_params),
     }
 
 

@@ -1,9 +1,11 @@
 """Checkpoints: what was saved comes back, what is damaged or does not fit is told, what was cut off is cleared away."""
 
+import gc
 import json
 import pathlib
 import resource
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from toy import ToyTask
 
 from jaxvram.errors import UserError
 from jaxvram.train.checkpoint import CheckpointConfig, Checkpoints, check_workdir, look
-from jaxvram.train.loop import make_program
+from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh
 
 
@@ -76,6 +78,26 @@ def test_damage_is_told_in_one_line_or_does_no_harm(copy, program, state, same, 
         path.write_bytes(content)
     assert told >= 4
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_orbax_leaves_behind_a_failed_read_is_not_told_on_top(copy, monkeypatch):
+    """It closes the event loop on reads that have not begun; Python warns of each, whenever it collects them."""
+
+    async def read():
+        pass
+
+    def action():
+        left = [read()]
+        left.append(left)  # in a cycle, as a task and its event loop are
+        raise ValueError("an array is gone")
+
+    told = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *args, **_: told.append(args))
+    with warnings.catch_warnings(), pytest.raises(UserError, match="an array is gone"):
+        warnings.simplefilter("always")
+        Checkpoints(copy)._try("restore", 7, "latest", action)
+    gc.collect()
+    assert not told
 
 
 def test_a_wrong_number_among_the_right_ones_is_noticed(copy, program):

@@ -54,6 +54,7 @@ class Pair:
         finally:
             for process in self.processes:
                 process.kill()
+                process.wait()
         return codes, [log.read_text() for log in self.logs]
 
 

@@ -13,7 +13,8 @@ from jaxvram.errors import UserError
 from jaxvram.train import metrics
 from jaxvram.train.checkpoint import Checkpoints
 from jaxvram.train.guard import Guard, GuardConfig, judge
-from jaxvram.train.loop import Loop, make_program, train
+from jaxvram.train.loop import Loop
+from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -151,7 +152,7 @@ def test_a_run_that_cannot_recover_says_so(tiny_recipe, tmp_path, no_report):
 def test_a_run_that_diverges_before_its_first_checkpoint_says_so(tiny_recipe, tmp_path):
     recipe = tiny_recipe(train={"guard": GuardConfig(patience=3)})
     with pytest.raises(UserError, match="no checkpoint to go back to"):
-        train(recipe, ToyTask(ToySource(dict.fromkeys(range(99), INF))), tmp_path / "run", stream=io.StringIO())
+        Loop(recipe, ToyTask(ToySource(dict.fromkeys(range(99), INF))), tmp_path / "run", stream=io.StringIO()).run()
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"patience": 0}, {"z_score": -1.0}, {"max_rollbacks": -1}])

@@ -16,7 +16,7 @@ from jaxvram.errors import UserError
 from jaxvram.train import metrics
 from jaxvram.train.checkpoint import Checkpoints, look
 from jaxvram.train.evaluate import EvalConfig, Evaluator
-from jaxvram.train.loop import Loop, train
+from jaxvram.train.loop import Loop
 from jaxvram.train.sharding import make_mesh
 
 
@@ -31,7 +31,7 @@ def test_a_run_folder(tiny_recipe, tmp_path):
         train={"steps": 23, "log_every": 4}, eval={"every": 10, "train_split": True}, optimizer={"learning_rate": 0.3}
     )
     stream = io.StringIO()
-    last = train(recipe, ToyTask(), tmp_path / "run", stream=stream)
+    last = Loop(recipe, ToyTask(), tmp_path / "run", stream=stream).run()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "tensorboard", "loss.png", "samples", "checkpoints", "report.html"}
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(recipe.as_dict()))
@@ -45,7 +45,7 @@ def test_a_run_folder(tiny_recipe, tmp_path):
     assert look(tmp_path / "run").step == 23 and Checkpoints(tmp_path / "run").best_step() == 23
     assert "step 20/23, loss" in stream.getvalue() and "(best so far)" in stream.getvalue()
     again = io.StringIO()  # a finished run has nothing left to do
-    assert train(recipe, ToyTask(), tmp_path / "run", stream=again) == last
+    assert Loop(recipe, ToyTask(), tmp_path / "run", stream=again).run() == last
     assert again.getvalue() == f"resuming {tmp_path / 'run'} from its checkpoint of step 23\n"
     assert metrics.read(tmp_path / "run") == lines
 
@@ -99,7 +99,7 @@ def test_a_run_stops_when_nothing_improves_and_stays_stopped(tiny_recipe, tmp_pa
     assert "no better validation loss in 2 evaluations: stopping at step 8" in stream.getvalue()
     assert look(tmp_path).step == 8
     again = io.StringIO()
-    train(recipe, ToyTask(), tmp_path, stream=again)
+    Loop(recipe, ToyTask(), tmp_path, stream=again).run()
     assert "stopping at step 8" in again.getvalue() and look(tmp_path).step == 8
 
 
@@ -121,14 +121,14 @@ def test_a_second_ctrl_c_ends_at_once(tiny_recipe, tmp_path, no_report):
     task = ToyTask()
     task.scores = lambda params: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_recipe(), task, tmp_path, stream=io.StringIO())
+        Loop(tiny_recipe(), task, tmp_path, stream=io.StringIO()).run()
     assert look(tmp_path).step is None
 
 
 def test_the_profiler_leaves_a_trace_of_its_window(tiny_recipe, tmp_path, no_report):
     recipe = tiny_recipe(train={"steps": 8, "profile_start": 3, "profile_steps": 2}, eval={"every": 0})
     stream = io.StringIO()
-    train(recipe, ToyTask(), tmp_path, stream=stream)
+    Loop(recipe, ToyTask(), tmp_path, stream=stream).run()
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))
     events = events["traceEvents"] if isinstance(events, dict) else events
@@ -145,7 +145,7 @@ def test_a_profile_window_may_be_cut_by_an_end_or_begin_before_a_resume(
     loop = Loop(whole, ToyTask(), tmp_path, io.StringIO())
     loop._out_of_patience = lambda step: step == 3
     loop.run()
-    train(recipe, ToyTask(), tmp_path, stream=io.StringIO())
+    Loop(recipe, ToyTask(), tmp_path, stream=io.StringIO()).run()
     assert len(list(tmp_path.rglob("perfetto_trace.json.gz"))) == traces
 
 

@@ -19,7 +19,8 @@ from jaxvram.main import main
 from jaxvram.modes import make_task as task_of
 from jaxvram.train import metrics
 from jaxvram.train.checkpoint import Checkpoints
-from jaxvram.train.loop import Loop, make_program
+from jaxvram.train.loop import Loop
+from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

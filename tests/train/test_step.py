@@ -7,7 +7,7 @@ import pytest
 from toy import ToyTask
 
 from jaxvram.errors import UserError
-from jaxvram.train.loop import make_program
+from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh
 from jaxvram.train.step import TrainConfig, loss_and_gradients
 
