@@ -28,7 +28,8 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
 def main(argv: list[str]) -> int:
     """The exit status: 0, 2 after an error that the user can put right, 128 + signal after a checkpoint on a signal."""
     # JAX takes 75 % of a card by default; on 12 GB the rest is worth having. Before JAX is imported.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name; JAX refuses both at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.FATAL)  # Orbax logs, with its traceback, what it then raises
     try:
@@ -38,6 +39,13 @@ def main(argv: list[str]) -> int:
         return 2
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # JAX raises a RuntimeError of its own
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        advice = "a smaller train.microbatch_size or more model.remat; --mode=fit finds them"
+        print(f"error: out of memory ({reason}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint stands", file=sys.stderr)

@@ -11,9 +11,10 @@ import jax
 from jaxvram import data
 from jaxvram.errors import UserError
 from jaxvram.models import MODELS
+from jaxvram.sample.text import SampleConfig
 from jaxvram.tasks.language import LanguageTask
 from jaxvram.train import metrics, report
-from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
+from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
 from jaxvram.train.program import make_program
@@ -101,7 +102,9 @@ def sample(recipe, workdir: pathlib.Path, options) -> int:
         except UnicodeDecodeError as error:
             raise UserError(f"sample.prompt_file={path} is not UTF-8 text") from error
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
-    text = f"\n{'-' * 80}\n".join(task.continue_prompt(params, prompt))
+    asked = prompt is not None or recipe.sample.prompt != SampleConfig.prompt
+    texts = task.continue_prompt(params, prompt) if asked or not hasattr(task.source, "problems") else task.show(params)
+    text = f"\n{'-' * 80}\n".join(texts)
     print(text)
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +141,12 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     kinds = [kind for kind in (kind, "latest", "best") if look(workdir, kind).step is not None]
     if not kinds and not recipe.train.init_from:
         raise UserError(f"there is no checkpoint in {workdir}; train first, or set --workdir")
+    if not with_data and recipe.model.vocab_size == 0 and (before := made_by(workdir)):
+        vocab_size = before.get("data_identity", {}).get("vocab_size", 0)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
     task = make_task(recipe, with_data)
+    if with_data:
+        check_workdir(workdir, recipe, task.data_identity)
     mesh = make_mesh(recipe.mesh)
     if not kinds:
         from jaxvram.convert import gpt2
@@ -172,7 +180,8 @@ def fit(recipe, workdir: pathlib.Path, options) -> int:
     from jaxvram.vram import plan as planner
 
     card = planner.choose_card(options.card)
-    found = fitter.fit_recipe(recipe, lambda recipe: make_task(recipe, with_data=False), card, _say)
+    known = dataclasses.replace(recipe, model=make_task(recipe, with_data=False).model.cfg)  # the vocabulary: looked up once
+    found = fitter.fit_recipe(known, lambda recipe: make_task(recipe, with_data=False), card, _say)
     print(fitter.text(found))
     return 0 if found.best else 1
 

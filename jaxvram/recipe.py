@@ -99,7 +99,10 @@ def build(config: ConfigDict, name: str, variant: str) -> Recipe:
     for section, cls in SECTIONS.items():
         values = config[section].to_dict()
         if section == "model":
-            cls = MODELS[values.pop("name")][1]
+            name_of_model = values.pop("name")
+            if name_of_model not in MODELS:
+                raise UserError(f"model.name={name_of_model!r} is unknown{nearest(str(name_of_model), MODELS)}")
+            cls = MODELS[name_of_model][1]
         sections[section] = _from_config(cls, values, section)
     return Recipe(name=name, variant=variant, **sections)
 

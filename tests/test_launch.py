@@ -77,6 +77,9 @@ def fails(capsys, *arguments):
         ([SORT, "--config.optimizer.schedule=cosin"], "did you mean 'cosine'"),
         ([SORT, "--config.optimizer.groups.linear.params=.*bias"], "is in the optimizer groups linear and plain"),
         ([SORT, "--config.mesh.fsdp=2"], "mesh data=-1 x fsdp=2 x tensor=1 does not make 1 device"),
+        ([SORT, "--config.train.seed=9223372036854775808"], "train.seed=9223372036854775808"),
+        ([SORT, "--config.model.name=gpt3"], "model.name='gpt3' is unknown; did you mean 'gpt2'"),
+        (["--mode=prepare", "--input=poem.txt", "--out=x", "--workers=-1"], "workers=-1"),
         ([SORT, "--config.data.name=sorts"], "data.name='sorts' is unknown; did you mean 'sort'"),
         ([SORT, "--config.sample.temperature=-1"], "temperature"),
         ([SORT, "--config.train.init_from=nowhere"], "nowhere"),
@@ -175,9 +178,27 @@ def test_train_resume_evaluate_sample(capsys, no_report):
     assert "was made by nanogpt_shakespeare:tiny, not by mingpt_sort" in fails(capsys, SORT, "--workdir=run")
     assert "opt_state" in fails(capsys, *text, "--config.optimizer.name=lion")
     pathlib.Path("poem.txt").write_text("0123456789" * 500)  # another text, with other characters
-    assert re.search("wte/embedding is .29, 8. float32 there", fails(capsys, *text, "--config.sample.prompt=0"))
+    assert "trained with another vocabulary (29 characters" in fails(capsys, *text, "--config.sample.prompt=0")
+    pathlib.Path("poem.txt").unlink()  # its vocabulary is known from the run
+    assert launch(*text, "--mode=export", "--out=exported") == 0 and pathlib.Path("exported/model.safetensors").exists()
     pathlib.Path("run/config.json").write_text("{")
     assert "run/config.json is damaged" in fails(capsys, *text)
+
+
+def test_problems_are_sampled_as_problems_and_memory_is_told_in_a_line(capsys, no_report, monkeypatch):
+    arguments = (SORT, *SMALL, "--config.task.score_problems=4", "--workdir=run")
+    assert launch(*arguments) == 0
+    capsys.readouterr()
+    assert launch(*arguments, "--mode=sample", "--config.sample.num_samples=2") == 0
+    assert len(re.findall(r"^\d{6} -> \d{6}  \((?:right|wrong)", capsys.readouterr().out, re.M)) == 2
+    assert launch(*arguments, "--mode=sample", "--config.sample.prompt=0120") == 0
+    assert "\n0120" in capsys.readouterr().out
+
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr("jaxvram.modes.make_task", full)
+    assert re.match("error: out of memory .*--mode=fit finds them", fails(capsys, *arguments))
 
 
 def test_a_damaged_checkpoint(capsys, no_report):

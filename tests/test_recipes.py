@@ -71,6 +71,14 @@ def test_auto_is_tiny_here_and_the_first_for_a_card(file):
     assert recipes.load(str(file), for_card=True)[2] == variants(file)[0]
 
 
+def test_a_run_on_fineweb_has_the_tokens_that_its_header_promises():
+    """With fewer shards it would go round the same ones again and again."""
+    file = next(file for file in FILES if file.stem == "gpt2")
+    for variant in ("124m", "medium", "large"):
+        built = recipes.build(*recipes.load(f"{file}:{variant}"))
+        assert built.data.fineweb_shards * 1e8 >= built.train.steps * built.train.batch_size * built.model.block_size
+
+
 def test_fields_are_checked():
     config, name, variant = recipes.load(str(ROOT / "configs/mingpt_sort.py"))
 

@@ -72,6 +72,8 @@ def prepare(
         raise UserError(f"tokenizer={tokenizer!r} is unknown{nearest(tokenizer, ('gpt2', 'char'))}")
     if shard_tokens < 1 or not 0 < val_fraction < 1:
         raise UserError(f"shard_tokens={shard_tokens} must be positive and val_fraction={val_fraction} between 0 and 1")
+    if workers is not None and workers < 0:
+        raise UserError(f"workers={workers} must not be negative (0: as many as are worth it)")
     files = _texts(inputs)
     out_dir = Path(out_dir).expanduser()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,7 +1,7 @@
 """Text to token ids and back: characters (nanoGPT's shakespeare_char), and GPT-2's byte-pair encoding through tiktoken.
 
-Every tokenizer has `name`, `vocab_size`, `eot` (the id that stands before each document, or None),
-`encode(str) -> int32 (N,)` and `decode(ids) -> str`. Ids that mean nothing decode to U+FFFD.
+Every tokenizer has `name`, `vocab_size`, `identity` (equal where ids mean the same), `eot` (the id that stands before each
+document, or None), `encode(str) -> int32 (N,)` and `decode(ids) -> str`. Ids that mean nothing decode to U+FFFD.
 """
 
 import functools
@@ -33,7 +33,7 @@ NO_VOCABULARY = (
 
 
 class CharTokenizer:
-    """One id per character of `chars`."""
+    """One id per character of `chars`. `identity` tells two vocabularies apart."""
 
     eot = None
 
@@ -42,6 +42,8 @@ class CharTokenizer:
         points = _code_points(chars)
         self._id_of_point = np.full(int(points.max()) + 2, -1, np.int32)  # the last entry answers for all points beyond
         self._id_of_point[points] = np.arange(self.vocab_size)
+        digest = hashlib.sha256(chars.encode("utf-8", "surrogatepass")).hexdigest()
+        self.identity = f"{self.vocab_size} characters, {digest[:12]}"
 
     def encode(self, text: str) -> np.ndarray:
         ids_N = self._id_of_point[np.minimum(_code_points(text), len(self._id_of_point) - 1)]
@@ -62,6 +64,7 @@ class GPT2Tokenizer:
     """OpenAI's byte-pair encoding of GPT-2: 50,257 ids, any text; `ranks` maps each token's bytes to its id."""
 
     name, vocab_size, eot = "gpt2", 50257, GPT2_EOT
+    identity = "GPT-2's BPE"
 
     def __init__(self, ranks: dict[bytes, int]):
         self._encoding = tiktoken.Encoding(

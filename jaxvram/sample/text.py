@@ -23,6 +23,8 @@ class SampleConfig:
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"sample.seed={self.seed} is not in [0, 2^32)")
         if self.num_samples < 1 or self.max_new_tokens < 1:
             raise UserError("sample: num_samples and max_new_tokens must be at least 1")
 

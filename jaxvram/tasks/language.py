@@ -34,6 +34,11 @@ class LanguageTask:
             )
 
     @property
+    def data_identity(self) -> dict:
+        """What a checkpoint's data and the data at hand must share: the meaning of a token."""
+        return {"vocabulary": self.source.tokenizer.identity, "vocab_size": self.source.vocab_size}
+
+    @property
     def units_per_example(self) -> int:
         return self.model.cfg.block_size
 

@@ -95,7 +95,7 @@ class Checkpoints:
     def restore_weights(self, kind: str, target):
         """({'params', 'ema'}, meta) alone: all that evaluation and sampling need."""
         items, meta = self._restore(kind, {"weights": split(target)[0]})
-        return items["weights"], meta
+        return {name: items["weights"][name] for name in split(target)[0]}, meta
 
     def _restore(self, kind: str, targets: dict[str, Any]):
         step = self._step(kind)
@@ -105,6 +105,8 @@ class Checkpoints:
         def read():
             meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             _check_fits(path, meta["inventory"], targets)
+            if "rest" not in targets and any(name.startswith("ema/") for name in meta["inventory"]):
+                args["weights"] = ocp.args.StandardRestore(_with_average(targets["weights"]))  # Orbax wants all of it
             items = manager.restore(step, args=ocp.args.Composite(**args))
             found = _inventory({name: items[name] for name in targets})
             if any(meta["inventory"][name] != entry for name, entry in found.items()):
@@ -220,6 +222,11 @@ def _check_fits(path: pathlib.Path, inventory: dict[str, list], targets: dict[st
             )
 
 
+def _with_average(weights: dict[str, Any]) -> dict[str, Any]:
+    in_fp32 = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+    return weights | {"ema": jax.tree.map(in_fp32, weights["params"])}
+
+
 def split(state) -> tuple[dict, dict]:
     """(what evaluation and sampling need, the rest) of a TrainState."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -228,26 +235,44 @@ def split(state) -> tuple[dict, dict]:
     return weights, fields
 
 
-def check_workdir(workdir: pathlib.Path, recipe) -> None:
-    """A run folder belongs to the recipe that made it.
+def made_by(workdir: pathlib.Path) -> dict | None:
+    """config.json of a run folder: the recipe, and `data_identity` of the data it was trained on; None without one.
 
     Raises:
-      UserError: config.json there is of another recipe or variant, or of a model with other shapes.
+      UserError: it cannot be read.
     """
     path = workdir / "config.json"
     if not path.exists():
-        return
+        return None
     try:
         made_by = json.loads(path.read_text())
-        before = (made_by["name"], made_by["variant"])
-    except (ValueError, KeyError, TypeError) as error:
+        made_by["name"], made_by["variant"], made_by["model"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; delete {workdir} or give another --workdir") from error
-    if before != (recipe.name, recipe.variant):
+    return made_by
+
+
+def check_workdir(workdir: pathlib.Path, recipe, data_identity: dict | None = None) -> None:
+    """A run folder belongs to the recipe that made it, and to data with the same vocabulary.
+
+    Raises:
+      UserError: config.json there is of another recipe or variant, of a model with other shapes, or of other data.
+    """
+    if (before := made_by(workdir)) is None:
+        return
+    trained_on = before.get("data_identity")
+    if data_identity and trained_on and trained_on != data_identity:
         raise UserError(
-            f"{workdir} was made by {before[0]}:{before[1]}, not by {recipe.name}:{recipe.variant}; give another --workdir"
+            f"{workdir} was trained with another vocabulary ({trained_on['vocabulary']}) than this data has "
+            f"({data_identity['vocabulary']}); set data.path or data.dataset as they were, or give another --workdir"
+        )
+    if (before["name"], before["variant"]) != (recipe.name, recipe.variant):
+        raise UserError(
+            f"{workdir} was made by {before['name']}:{before['variant']}, not by {recipe.name}:{recipe.variant}; "
+            "give another --workdir"
         )
     now = json.loads(json.dumps(recipe.as_dict()))["model"]
     free = ("remat", "unroll_layers", "dropout", "dtype", "block_size")  # may change between two starts
-    for name, value in made_by["model"].items():
+    for name, value in before["model"].items():
         if name not in free and now.get(name) != value:
             raise UserError(f"{workdir} was made with model.{name}={value}, not {now.get(name)}; give another --workdir")

@@ -26,13 +26,13 @@ class Evaluator:
     def __init__(self, task, cfg: EvalConfig, batch_size: int, mesh):
         self.task, self.cfg, self.mesh = task, cfg, mesh
         self.batch_size = cfg.batch_size or batch_size
+        self.rows = local_rows(self.batch_size, mesh, "eval.batch_size (0: that of a microbatch)")
         self.loss = jax.jit(lambda params, batch: task.loss(params, batch)[:2])
 
     def __call__(self, params, split: str) -> float:
-        rows = local_rows(self.batch_size, self.mesh)
         sums = []
         for n in range(self.cfg.batches):
-            batch = self.task.source.batch(split, n, self.batch_size, rows)
+            batch = self.task.source.batch(split, n, self.batch_size, self.rows)
             sums.append(self.loss(params, to_devices(batch, self.batch_size, self.mesh)))
         loss_sum = sum(float(loss) for loss, _ in sums)
         weight = sum(float(weight) for _, weight in sums)

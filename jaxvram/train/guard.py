@@ -28,33 +28,39 @@ class GuardConfig:
 
 
 class Guard(flax.struct.PyTreeNode):
-    """What the guard remembers: loss and gradient norm of the last steps, and how many were skipped."""
+    """What the guard remembers: loss and gradient norm of the last good steps, and how many were skipped."""
 
     recent_Wx2: jax.Array  # fp32, a ring
-    seen: jax.Array  # int32, finite steps so far
+    seen: jax.Array  # int32, good steps so far
     streak: jax.Array  # int32, skipped steps in a row
+    longest: jax.Array  # int32, the longest streak since the run began or was set back
     skipped: jax.Array  # int32, in all
+
+    def set_back(self) -> "Guard":
+        """After a rollback: the streak that led to it is over."""
+        return self.replace(streak=self.streak * 0, longest=self.longest * 0)
 
     @classmethod
     def fresh(cls, cfg: GuardConfig) -> "Guard":
         zero = jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros((cfg.window, 2), jnp.float32), zero, zero, zero)
+        return cls(jnp.zeros((cfg.window, 2), jnp.float32), zero, zero, zero, zero)
 
 
 def judge(guard: Guard, loss, grad_norm, cfg: GuardConfig):
-    """(is this step good?, the guard after it). A lasting change enters the window and is accepted in the end."""
+    """(is this step good?, the guard after it). What is skipped is not remembered: two outliers would excuse a third."""
     now_2 = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-    finite = jnp.isfinite(now_2).all()
-    good = finite
+    good = jnp.isfinite(now_2).all()
     if cfg.z_score > 0:
         mean_2, std_2 = guard.recent_Wx2.mean(0), guard.recent_Wx2.std(0)
         bound_2 = mean_2 + cfg.z_score * std_2
         far_out = (now_2 > bound_2.at[1].max(CLIPPED * mean_2[1])).any()
         good &= ~((guard.seen >= cfg.window) & far_out)
     ring = guard.recent_Wx2.at[guard.seen % cfg.window].set(now_2)
+    streak = jnp.where(good, 0, guard.streak + 1)
     return good, Guard(
-        recent_Wx2=jnp.where(finite, ring, guard.recent_Wx2),
-        seen=guard.seen + finite,
-        streak=jnp.where(good, 0, guard.streak + 1),
+        recent_Wx2=jnp.where(good, ring, guard.recent_Wx2),
+        seen=guard.seen + good,
+        streak=streak,
+        longest=jnp.maximum(guard.longest, streak),
         skipped=guard.skipped + ~good,
     )

@@ -39,7 +39,7 @@ class Loop:
     """
 
     def __init__(self, recipe, task, workdir, stream=None):
-        check_workdir(pathlib.Path(workdir), recipe)
+        check_workdir(pathlib.Path(workdir), recipe, task.data_identity)
         self.recipe, self.task, self.workdir = recipe, task, pathlib.Path(workdir)
         self.writes = jax.process_index() == 0
         self.program = make_program(recipe, task, make_mesh(recipe.mesh))
@@ -101,7 +101,8 @@ class Loop:
                 notes.append("no complete checkpoint: starting from step 0")
         if self.writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.workdir / "config.json", json.dumps(self.recipe.as_dict(), indent=2))
+            config = self.recipe.as_dict() | {"data_identity": self.task.data_identity}
+            write_atomic(self.workdir / "config.json", json.dumps(config, indent=2))
         return state, found.step or 0, meta, notes
 
     def _end(self, status: str) -> None:
@@ -251,7 +252,8 @@ class Loop:
         self.rollbacks += 1
         jump = int(state.data_offset) + step - found.step
         state, _ = self.checkpoints.restore("latest", self.program.target)
-        state = state.replace(data_offset=jax.device_put(state.data_offset * 0 + jump, state.data_offset.sharding))
+        offset = jax.device_put(state.data_offset * 0 + jump, state.data_offset.sharding)
+        state = state.replace(data_offset=offset, guard=state.guard.set_back())
         self.log.truncate_after(found.step)
         self.progress.rewind(found.step)
         self.progress.note(

@@ -62,11 +62,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of the global batch that this process feeds to its devices."""
+def local_rows(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> slice:
+    """The rows of the global batch that this process feeds to its devices. `field` names the size in an error."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
-        raise UserError(f"train.batch_size={batch_size} is not a multiple of data x fsdp = {parts} devices")
+        raise UserError(f"{field}={batch_size} is not a multiple of data x fsdp = {parts} devices")
     rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     starts = [index[0].indices(batch_size) for index in rows.values()]
     return slice(min(s[0] for s in starts), max(s[1] for s in starts))

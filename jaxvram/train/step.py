@@ -30,6 +30,8 @@ class TrainConfig:
             raise UserError("train: steps, batch_size, log_every and profile_steps must be at least 1")
         if min(self.microbatch_size, self.profile_start) < 0 or not 0 <= self.ema_decay < 1:
             raise UserError("train: microbatch_size and profile_start must not be negative, ema_decay must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"train.seed={self.seed} is not in [0, 2^32)")
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.microbatch_size={self.microbatch_size}"
@@ -60,7 +62,8 @@ def init_state(task, tx, cfg: TrainConfig, params=None) -> TrainState:
     if params is None:
         params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, params) if cfg.ema_decay > 0 else None
+    # In fp32 whatever the weights are: a thousandth of a step is lost in bf16.
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if cfg.ema_decay > 0 else None
     return TrainState(zero, zero, params, tx.init(params), ema, Guard.fresh(cfg.guard))
 
 
@@ -82,14 +85,14 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig):
         if cfg.ema_decay > 0:
             n = state.step.astype(jnp.float32)
             decay = jnp.minimum(cfg.ema_decay, (1 + n) / (10 + n))  # warms up: early weights are forgotten soon
-            ema = jax.tree.map(lambda e, p: (e + (1 - decay) * (p - e)).astype(e.dtype), state.ema, params)
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
             ema = keep(ema, state.ema)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.guard.skipped),
             "skipped": guard.skipped,
-            "skipped_in_a_row": guard.streak,
+            "skipped_in_a_row": guard.longest,  # not of this step alone: not every step is read
         }
         return TrainState(state.step + 1, state.data_offset, params, opt_state, ema, guard), metrics
 
@@ -113,14 +116,14 @@ def loss_and_gradients(task, params, batch, key, microbatches: int = 1):
         # Microbatch j takes the rows j, j + k, ...: with rows spread over devices, each keeps its own.
         split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
 
-        def add(sums, microbatch):
+        def add(sums, microbatch):  # in fp32: a sum of many in bf16 would be off by per cents
             batch, key = microbatch
             return jax.tree.map(jnp.add, sums, value_and_grad(params, batch, key)), None
 
         xs = jax.tree.map(split, batch), jax.random.split(key, microbatches)
         of_one = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], xs))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), of_one)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), of_one)
         ((loss_sum, (weight, metrics)), grads), _ = jax.lax.scan(add, zeros, xs)
     weight = jnp.maximum(weight, 1e-9)  # a batch without any target has no gradient, not a NaN
-    grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
     return loss_sum / weight, grads, {name: value / weight for name, value in metrics.items()}

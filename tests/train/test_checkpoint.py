@@ -54,6 +54,11 @@ def test_what_was_saved_comes_back(saved, program, state, same):
     assert Checkpoints(saved).best_step() == 7 and Checkpoints(saved / "nowhere").best_step() is None
 
 
+def test_weights_come_without_the_average_for_who_asks_for_none(saved, program, state, same):
+    weights, _ = Checkpoints(saved).restore_weights("best", program.target.replace(ema=None))
+    assert weights.keys() == {"params"} and same(weights["params"], state.params)
+
+
 def files_of(folder: pathlib.Path):
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
@@ -190,6 +195,11 @@ def test_a_folder_belongs_to_its_recipe(tmp_path, tiny_recipe):
         check_workdir(tmp_path, dataclasses.replace(recipe, variant="other"))
     with pytest.raises(UserError, match=r"model.n_layer=1, not 3"):
         check_workdir(tmp_path, tiny_recipe(model={"n_layer": 3}))
+    seen = {"vocabulary": "8 characters, a"}
+    (tmp_path / "config.json").write_text(json.dumps(recipe.as_dict() | {"data_identity": seen}))
+    check_workdir(tmp_path, recipe, seen)
+    with pytest.raises(UserError, match=r"another vocabulary \(8 characters, a\) than this data has \(8 characters, b\)"):
+        check_workdir(tmp_path, recipe, {"vocabulary": "8 characters, b"})
     (tmp_path / "config.json").write_text('{"name": ')
     with pytest.raises(UserError, match="is damaged"):
         check_workdir(tmp_path, recipe)

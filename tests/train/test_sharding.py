@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from on_eight_devices import run
 
 from jaxvram.errors import UserError
+from jaxvram.train.evaluate import EvalConfig, Evaluator
 from jaxvram.train.sharding import AXES, MeshConfig, local_rows, make_mesh, shardings, spec, to_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,3 +107,9 @@ def test_a_batch_that_does_not_divide_is_an_error():
     mesh = make_mesh(MeshConfig(fsdp=2), [jax.devices()[0]] * 8)
     with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of data x fsdp = 8"):
         local_rows(12, mesh)
+
+
+def test_an_evaluation_that_the_devices_cannot_share_is_told_before_the_first_step():
+    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2})
+    with pytest.raises(UserError, match=r"eval.batch_size \(0: that of a microbatch\)=4 is not a multiple of .* 8 devices"):
+        Evaluator(None, EvalConfig(), 4, mesh)

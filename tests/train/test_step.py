@@ -45,6 +45,33 @@ def test_microbatches_equal_one_batch_with_uneven_masks(uneven):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads_k, grads)
 
 
+def test_many_microbatches_of_bf16_weights_are_summed_in_fp32(uneven):
+    """A running sum of 8 in bf16 would be off by a per cent of the largest."""
+    _, task, batch = uneven
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), task.init(jax.random.key(0)))
+    (_, whole, _), (_, sums, _) = (compiled(task, params, batch, jax.random.key(1), k) for k in (1, 8))
+    assert {g.dtype for g in jax.tree.leaves(sums)} == {jnp.dtype(jnp.bfloat16)}
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole))
+    off = jax.tree.map(lambda a, b: float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()), sums, whole)
+    assert max(jax.tree.leaves(off)) < 5e-3 * largest
+
+
+def test_the_average_of_bf16_weights_moves(tiny_recipe):
+    """A thousandth of a difference is below what bf16 can add."""
+    recipe = tiny_recipe(train={"ema_decay": 0.999})
+    task = ToyTask()
+    init = task.init
+    task.init = lambda key: jax.tree.map(lambda p: p.astype(jnp.bfloat16), init(key))
+    program = make_program(recipe, task, make_mesh(recipe.mesh))
+    state = program.init()
+    before = np.asarray(state.ema["wte"]["embedding"])
+    state = state.replace(step=state.step + 100_000)  # past the warm-up of the average
+    for n in range(3):
+        state, _ = program.step(state, task.source.batch("train", n, 8))
+    moved = np.asarray(state.ema["wte"]["embedding"]) - before
+    assert state.ema["wte"]["embedding"].dtype == jnp.float32 and (moved != 0).mean() > 0.5
+
+
 def test_a_step_of_microbatches_gives_the_same_parameters(uneven, tiny_recipe):
     _, task, batch = uneven
     after = {}
@@ -130,6 +157,7 @@ def test_ema_is_the_average_it_says_and_is_what_gets_evaluated(tiny_recipe):
         {"batch_size": 8, "microbatch_size": 3},
         {"steps": 0},
         {"log_every": 0},
+        {"seed": 2**63},
         {"ema_decay": 1.0},
         {"microbatch_size": -2},
     ],

@@ -33,6 +33,10 @@ class ToyTask:
     def __init__(self, source=None):
         self.source = source or ToySource()
 
+    @property
+    def data_identity(self):
+        return {"vocabulary": "toy"}
+
     def init(self, key):
         return {
             "wte": {"embedding": jax.random.normal(key, (VOCABULARY, VOCABULARY))},
