@@ -11,7 +11,7 @@ from jaxvram.errors import UserError, nearest
 from jaxvram.quiet import quiet
 from jaxvram.vram.cards import MEMORY_FRACTION
 
-MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare")
+MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare", "kernels")
 
 USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
 
@@ -21,6 +21,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
   --mode=export   a checkpoint as a Hugging Face folder (--out=DIR)
+  --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR)
 """
 
@@ -77,6 +78,8 @@ def _run(argv: list[str]) -> int:
         if recipe_file or len(overrides) > 1:
             raise UserError("--mode=prepare reads no recipe: give --input, --out, --tokenizer, --shard_tokens, --workers")
         return modes.prepare(options)
+    if options.mode == "kernels":
+        return modes.kernels(options)
     if not recipe_file:
         raise UserError("--config=configs/NAME.py is missing; --help shows the usage")
     from jaxvram import recipe

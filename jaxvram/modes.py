@@ -37,6 +37,8 @@ def make_task(recipe, with_data: bool = True):
             _say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
     if cfg.vocab_size == 0:
         cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
+    if cfg.kernels == "auto" and jax.device_count() > 1:  # XLA can't divide a kernel of ours among devices
+        cfg = dataclasses.replace(cfg, kernels="xla")
     model_type = next(model for model, config_type in MODELS.values() if isinstance(cfg, config_type))
     return LanguageTask(model_type(cfg), source, recipe.task, recipe.sample)
 
@@ -132,6 +134,15 @@ def prepare(options) -> int:
         raise UserError("--mode=prepare needs --input=FILE_OR_FOLDER and --out=DIR")
     files = write_shards(options.input, options.out, options.tokenizer, options.shard_tokens, options.workers)
     print(f"{len(files)} file(s) in {options.out}; train on them with --config.data.path={options.out}")
+    return 0
+
+
+def kernels(options) -> int:
+    """The table of our kernels on a card."""
+    from jaxvram.vram import kernel_table
+    from jaxvram.vram import plan as planner
+
+    print(kernel_table.text(planner.choose_card(options.card), _say))
     return 0
 
 

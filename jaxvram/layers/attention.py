@@ -37,6 +37,7 @@ class CausalSelfAttention(nn.Module):
     kernel_init: nn.initializers.Initializer
     proj_init: nn.initializers.Initializer
     dropout: float = 0.0
+    kernels: str = "auto"  # implementation of kernels/attention.py
 
     @nn.compact
     def __call__(self, x_BxTxD, cache: KVCache | None = None, deterministic: bool = True):
@@ -48,6 +49,8 @@ class CausalSelfAttention(nn.Module):
             offset, cache = cache.length, cache.append(k, v)
             k, v = cache.k_BxSxHxK, cache.v_BxSxHxK
         key = None if deterministic or self.dropout == 0 else self.make_rng("dropout")
-        y_BxTxHxK = attention(q, k, v, offset=offset, dropout_rate=self.dropout, dropout_key=key)
+        y_BxTxHxK = attention(
+            q, k, v, offset=offset, dropout_rate=self.dropout, dropout_key=key, implementation=self.kernels
+        )
         y_BxTxD = self.dense(D, kernel_init=self.proj_init, name="c_proj")(y_BxTxHxK.reshape(B, T, D))
         return nn.Dropout(self.dropout)(y_BxTxD, deterministic=deterministic), cache

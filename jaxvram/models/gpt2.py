@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxvram.errors import UserError, nearest
+from jaxvram.kernels.backend import IMPLEMENTATIONS
 from jaxvram.layers.attention import CausalSelfAttention, KVCache
 from jaxvram.layers.embeddings import Embed
 from jaxvram.layers.linear import Linear
@@ -36,9 +37,10 @@ class GPT2Config:
     unroll_layers: bool = False  # straight-line layers: slower to compile; faster on a CPU, leaner without remat
     dtype: str = "bfloat16"  # of matrix products: bfloat16 | float32
     param_dtype: str = "float32"  # of parameters
+    kernels: str = "auto"  # auto (Pallas on an NVIDIA GPU, else XLA) | pallas | xla | interpret: attention and loss
 
     def __post_init__(self):
-        for field, valid in (("activation", ACTIVATIONS), ("remat", REMAT)):
+        for field, valid in (("activation", ACTIVATIONS), ("remat", REMAT), ("kernels", IMPLEMENTATIONS)):
             if (value := getattr(self, field)) not in valid:
                 raise UserError(f"model.{field}={value!r} is unknown{nearest(value, valid)}")
         for field in ("dtype", "param_dtype"):
@@ -71,7 +73,7 @@ class Block(nn.Module):
         normal = nn.initializers.normal(0.02)
         inits = {"kernel_init": normal, "proj_init": nn.initializers.normal(0.02 / (2 * cfg.n_layer) ** 0.5)}
         norm = functools.partial(LayerNorm, use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        attn = CausalSelfAttention(cfg.n_head, _dense(cfg), **inits, dropout=cfg.dropout, name="attn")
+        attn = CausalSelfAttention(cfg.n_head, _dense(cfg), **inits, dropout=cfg.dropout, kernels=cfg.kernels, name="attn")
         mlp = MLP(4 * cfg.n_embd, cfg.activation, _dense(cfg), **inits, dropout=cfg.dropout, name="mlp")
         y_BxTxD, cache = attn(norm(name="ln_1")(x_BxTxD), cache, deterministic)
         x_BxTxD += y_BxTxD

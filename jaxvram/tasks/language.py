@@ -56,7 +56,10 @@ class LanguageTask:
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
         hidden_BxTxD, _ = self.model.apply(variables, batch["tokens"], deterministic=key is None, rngs=rngs)
         head_VxD = self.model.apply(variables, method="head_VxD")
-        loss_BxT = linear_cross_entropy(hidden_BxTxD, head_VxD, batch["targets"], self.model.cfg.vocab_size)
+        cfg = self.model.cfg
+        loss_BxT, _ = linear_cross_entropy(
+            hidden_BxTxD, head_VxD, batch["targets"], cfg.vocab_size, implementation=cfg.kernels
+        )
         return loss_BxT.sum(), (batch["targets"] >= 0).sum().astype(jnp.float32), {}
 
     def check_samples(self) -> None:

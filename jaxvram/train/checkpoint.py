@@ -272,7 +272,7 @@ def check_workdir(workdir: pathlib.Path, recipe, data_identity: dict | None = No
             "give another --workdir"
         )
     now = json.loads(json.dumps(recipe.as_dict()))["model"]
-    free = ("remat", "unroll_layers", "dropout", "dtype", "block_size")  # may change between two starts
+    free = ("remat", "unroll_layers", "dropout", "dtype", "block_size", "kernels")  # may change between two starts
     for name, value in before["model"].items():
         if name not in free and now.get(name) != value:
             raise UserError(f"{workdir} was made with model.{name}={value}, not {now.get(name)}; give another --workdir")

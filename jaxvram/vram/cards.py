@@ -53,13 +53,16 @@ class Card:
         return self.shared_memory_per_multiprocessor - 1024  # CUDA keeps 1 KiB a block
 
     @property
+    def threads_per_multiprocessor(self) -> int:
+        return 2048 if self.compute_capability in ((8, 0), (9, 0)) else 1536  # data-centre parts hold 64 warps, not 48
+
+    @property
     def shared_memory_per_multiprocessor(self) -> int:
         return {(8, 0): 164, (9, 0): 228}.get(self.compute_capability, 100) * 1024
 
     def target_config(self) -> str:
         """XLA's TargetConfig, text form: all that its compiler asks of a GPU that it cannot see."""
         major, minor = self.compute_capability
-        big = self.compute_capability in ((8, 0), (9, 0))  # data-centre parts hold 64 warps a multiprocessor, not 48
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -67,7 +70,7 @@ gpu_device_info {{
   shared_memory_per_block: 49152
   shared_memory_per_block_optin: {self.shared_memory_per_block}
   shared_memory_per_core: {self.shared_memory_per_multiprocessor}
-  threads_per_core_limit: {2048 if big else 1536}
+  threads_per_core_limit: {self.threads_per_multiprocessor}
   core_count: {self.multiprocessors}
   fpus_per_core: {64 if (major, minor) == (8, 0) else 128}
   block_dim_limit_x: 2147483647

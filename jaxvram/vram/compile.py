@@ -6,7 +6,6 @@ silence, is in this file.
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxvram.errors import UserError
 from jaxvram.quiet import quiet
-from jaxvram.vram import hlo
+from jaxvram.vram import hlo, ptx
 from jaxvram.vram.cards import Card, local_device
 from jaxvram.vram.flops import matmul_flops
 
@@ -54,6 +53,7 @@ class Compiled:
     module: hlo.Module  # the optimised program and its buffer assignment
     output_paths: tuple[str, ...]  # of the flattened outputs, as jax.tree_util.keystr writes them
     matmul_flops: int
+    kernels: tuple[ptx.Kernel, ...] = ()  # our own, where asked for
 
     @property
     def peak_bytes(self) -> int:
@@ -81,13 +81,14 @@ def gpu_visible() -> bool:
     return any(pathlib.Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
 
 
-def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = ()) -> Compiled:
+def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (), kernels: bool = False) -> Compiled:
     """Compiles fn(*args) for `card`; for the card itself, autotuned, where it is in this machine.
 
     Args:
       fn: a function of arrays. Not one that jax.jit returned with donation or shardings of its own: they would be lost.
       args: pytrees of ShapeDtypeStruct or arrays; only shapes and dtypes are read.
       donate_argnums: arguments whose memory the outputs may take over.
+      kernels: read registers, spills and shared memory of our kernels as well; takes longer.
     Raises:
       UserError: the planner's compiler is not installed, or the card's compiler refuses the program.
     """
@@ -107,7 +108,7 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
         traced = jitted.trace(*jax.tree.map(on_card, args))
         lowered = traced.lower()
     outputs = jax.tree_util.tree_flatten_with_path(lowered.out_info)[0]
-    memory, module = _compile(lowered, options, card)
+    memory, module, found = _compile(lowered, options, card, kernels)
     constants = sum(a.bytes for a in module.allocations if a.is_constant)  # the compiler's own sum leaves them out
     return Compiled(
         memory.argument_size_in_bytes,
@@ -117,27 +118,31 @@ def compile_for(card: Card, fn, args: tuple, donate_argnums: tuple[int, ...] = (
         module,
         tuple(jax.tree_util.keystr(path) for path, _ in outputs),
         matmul_flops(traced.jaxpr),
+        found,
     )
 
 
-def _compile(lowered, options: dict, card: Card):
-    """(sizes, the optimised program with its buffer assignment)."""
+def _compile(lowered, options: dict, card: Card, kernels: bool = False):
+    """(sizes, the optimised program with its buffer assignment, our kernels in it)."""
     _sweep()
     with tempfile.TemporaryDirectory(prefix=f"{DUMPS}{os.getpid()}-") as dump:
         options = options | {"xla_dump_to": dump, "xla_dump_hlo_as_proto": True}
+        if kernels:
+            options |= {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
         try:
             with _no_compilation_cache(), quiet():
                 memory = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "output tile sizes" in str(error) and WITHOUT_TRITON.items() - options.items():
-                return _compile(lowered, options | WITHOUT_TRITON, card)
+                return _compile(lowered, options | WITHOUT_TRITON, card, kernels)
             reason = str(error).splitlines()[0]
             raise UserError(f"the compiler for {card.description} refuses this program: {reason}") from error
         # Autotuning on a real card compiles, and dumps, fragments of the program too: the program is the largest.
+        found = ptx.read(pathlib.Path(dump), card) if kernels else ()
         protos = [path.read_bytes() for path in pathlib.Path(dump).glob("*gpu_after_optimizations.hlo.pb")]
     if not protos:
         raise RuntimeError("XLA wrote no buffer assignment; is XLA_FLAGS changing its dumps?")
-    return memory, hlo.read(max(protos, key=len))
+    return memory, hlo.read(max(protos, key=len)), found
 
 
 def _sweep() -> None:
@@ -169,17 +174,8 @@ def _described(card: Card) -> NamedSharding:
             )
     except NotImplementedError as error:  # JAX has no CUDA plugin, or dropped it because its libraries did not load
         raise UserError(f"planning for a GPU needs its compiler. Install it: {INSTALL}") from error
-    if not _has_ptxas():
-        raise UserError(f"planning for a GPU needs NVIDIA's assembler, ptxas. Install it: {INSTALL}")
+    ptx.ptxas()  # or a line that says how to get it
     return NamedSharding(topologies.make_mesh(topology, (1,), ("card",)), PartitionSpec())
-
-
-def _has_ptxas() -> bool:
-    try:
-        packaged = importlib.util.find_spec("nvidia.cuda_nvcc")
-    except ModuleNotFoundError:
-        packaged = None
-    return bool(packaged or shutil.which("ptxas") or pathlib.Path("/usr/local/cuda/bin/ptxas").exists())
 
 
 def _abstract_device(card: Card):

@@ -57,7 +57,7 @@ def ours(model, params, tokens_BxT, targets_BxT):
     def loss_fn(params):
         hidden_BxTxD, _ = model.apply({"params": params}, tokens_BxT)
         head_VxD = model.apply({"params": params}, method="head_VxD")
-        loss_BxT = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, model.cfg.vocab_size, 7)
+        loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, model.cfg.vocab_size, chunk=7)
         return loss_BxT.sum() / (targets_BxT >= 0).sum(), jnp.einsum("btd,vd->btv", hidden_BxTxD, head_VxD)
 
     (loss, logits_BxTxV), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)

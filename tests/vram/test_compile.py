@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxvram.errors import UserError
-from jaxvram.vram import cards
+from jaxvram.vram import cards, ptx
 from jaxvram.vram import compile as compiler
 from jaxvram.vram.compile import compile_for
 from tests.vram.toy import spec
@@ -169,7 +169,10 @@ def test_without_the_planner_the_error_says_what_to_install(monkeypatch):
 
 
 def test_without_ptxas_the_error_says_what_to_install(rtx4070, monkeypatch):
-    monkeypatch.setattr(compiler, "_has_ptxas", lambda: False)
+    monkeypatch.setattr(ptx.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ptx.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ptx, "CUDA", pathlib.Path("/nowhere"))
+    monkeypatch.setattr(ptx, "ptxas", ptx.ptxas.__wrapped__)
     with pytest.raises(UserError, match=r"ptxas.*nvidia-cuda-nvcc-cu12"):
         compile_for(rtx4070, lambda x: x, (spec(1),))
 

@@ -1,0 +1,144 @@
+"""Our kernels on the GPU of this machine, beside XLA and cuDNN: correct first, then time, as ratios.
+
+  python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
+
+Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
+Linear cross-entropy, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
+by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
+from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
+
+ATTENTION = [  # B, T, H, G, K, causal
+    (4, 1024, 12, 12, 64, True),
+    (2, 4096, 16, 16, 128, True),
+    (1, 2048, 32, 8, 128, True),
+    (8, 256, 16, 16, 72, False),
+]
+CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
+ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
+RMS_LIMIT = 1e-2
+
+
+def rms_error(got, want) -> float:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+
+
+def with_gradients(f, count: int):
+    """f and the gradients of its sum by the first `count` arguments."""
+    return jax.jit(jax.value_and_grad(lambda *args: f(*args).astype(jnp.float32).sum(), tuple(range(count))))
+
+
+def attention_sides(B, T, H, G, K, causal):
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = tuple(
+        jax.random.normal(key, (B, T, heads, K), jnp.bfloat16) for key, heads in zip(keys, (H, G, G), strict=True)
+    )
+    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    sides = {name: functools.partial(attention, causal=causal, implementation=name) for name in ("pallas", "xla")}
+    return sides | {"cudnn": cudnn}, functools.partial(attention_reference, causal=causal), args, 3
+
+
+def cross_entropy_sides(N, D, V):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (N, D), jnp.bfloat16)
+    head = jax.random.normal(keys[1], (V, D)) * D**-0.5
+    args = hidden, head, jax.random.randint(keys[2], (N,), 0, V)
+    loss = lambda name: lambda h, w, y: linear_cross_entropy(h, w, y, implementation=name)[0]
+    reference = lambda h, w, y: linear_cross_entropy_reference(h, w, y)[0]
+    return {name: loss(name) for name in ("pallas", "xla")}, reference, args, 2
+
+
+def measure(sides, reference, args, count: int) -> dict:
+    """Errors of each side, and the median time of each of its two programs in microseconds."""
+    in_fp32 = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+    with jax.default_matmul_precision("highest"):
+        want = (jax.jit(reference)(*in_fp32), *with_gradients(reference, count)(*in_fp32)[1])
+    programs, result = {}, {}
+    for name, side in sides.items():
+        forward, both = jax.jit(side), with_gradients(side, count)
+        try:
+            errors = [rms_error(g, w) for g, w in zip((forward(*args), *both(*args)[1]), want, strict=True)]
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # cuDNN does not take every shape
+            result[name] = {"refused": " ".join(str(error).split())[:200]}
+            continue
+        result[name] = {"rms_errors": errors}
+        if max(errors) < RMS_LIMIT:
+            programs |= {(name, "forward"): forward, (name, "forward_backward"): both}
+    del want, in_fp32
+    for (name, what), samples in take_turns(programs, args).items():
+        result[name][f"{what}_us"] = statistics.median(samples)
+    return result
+
+
+def take_turns(programs, args) -> dict:
+    """{program: microseconds a call, of each round}."""
+    calls = {}
+    for key, program in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        calls[key] = max(3, int(TURN_SECONDS / (time.perf_counter() - start)))
+    samples = {key: [] for key in programs}
+    for _ in range(ROUNDS):
+        for key, program in programs.items():
+            start = time.perf_counter()
+            for _ in range(calls[key]):
+                out = program(*args)
+            jax.block_until_ready(out)
+            samples[key].append((time.perf_counter() - start) / calls[key] * 1e6)
+    return samples
+
+
+def ratios(result: dict) -> str:
+    """ours against each other side: above 1, ours is faster."""
+    words = []
+    for what in ("forward_us", "forward_backward_us"):
+        ours = result["pallas"].get(what)
+        others = [f"{name} {r[what] / ours:.2f}" for name, r in result.items() if ours and name != "pallas" and what in r]
+        words.append(f"{what.removesuffix('_us')} {f'{ours:.0f} us, times: ' + ', '.join(others) if ours else 'WRONG'}")
+    return "; ".join(words)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print("this machine has no GPU to measure on; --mode=kernels of launch.py says what a compiler can", file=sys.stderr)
+        return 2
+    started, results = time.monotonic(), {}
+    cases = [(f"attention {case}", functools.partial(attention_sides, *case)) for case in ATTENTION]
+    cases += [(f"linear_cross_entropy {case}", functools.partial(cross_entropy_sides, *case)) for case in CROSS_ENTROPY]
+    for name, make in cases:
+        if time.monotonic() - started > LIMIT_SECONDS:
+            print(f"{name}: left out, {LIMIT_SECONDS} s are over", flush=True)
+            continue
+        results[name] = measure(*make())
+        print(f"{name}: {ratios(results[name])}", flush=True)
+    card = device.device_kind
+    default = ROOT / f"benchmarks/results/kernels_{card.removeprefix('NVIDIA ').lower().replace(' ', '_')}.json"
+    out = pathlib.Path(options.out or default)
+    out.write_text(json.dumps({"card": card, "jax": jax.__version__, "results": results}, indent=2) + "\n")
+    print(out)
+    return 0 if all("forward_us" in result["pallas"] for result in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

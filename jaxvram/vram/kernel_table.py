@@ -1,0 +1,122 @@
+"""Our kernels at representative shapes, compiled for a card that need not be there: what each takes, and its least time.
+
+Bytes are what must cross the memory bus once; FLOPs are those of the products. Both divided by the card's peaks give the
+times that no kernel can beat; the longer one is its limit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas
+from jaxvram.kernels.attention import attention
+from jaxvram.kernels.attention_mask import Rule
+from jaxvram.kernels.attention_xla import Scores
+from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
+from jaxvram.vram.cards import Card
+from jaxvram.vram.compile import compile_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    tile: Tile
+    flops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One call, forward and backward, and the work of each kernel in it by name."""
+
+    shape: str
+    fn: Callable
+    args: tuple
+    work: dict[str, Work]
+
+
+def attention_probe(what: str, B, T, S, H, G, K, *, backward=True, **options) -> Probe:
+    """bf16; `options` as `attention` has them."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    q, k = spec(B, T, H, K), spec(B, S, G, K)
+    causal, window = options.get("causal", True), options.get("window")
+    rule, scores = Rule(causal, window), Scores(K**-0.5, options.get("soft_cap"))
+    seen = [min(t + 1, window or S) if causal and T == S else S for t in range(T)]
+    pairs, queries, keys, rows = B * H * sum(seen), 2 * B * T * H * K, 2 * B * S * G * K, 4 * B * T * H
+    tile = lambda table: attention_pallas.tile_for(table, rule, scores, q, S)
+    forward = tile(attention_pallas.FORWARD)
+    if T * (H // G) <= attention_pallas.DECODE_ROWS:
+        forward = dataclasses.replace(forward, rows=attention_pallas.DECODE_ROWS)
+    work = {"flash_attention_forward": Work(forward, 4 * K * pairs, 2 * queries + 2 * keys + rows)}
+    attend = lambda q, k, v: attention(q, k, v, **options)
+    fn = attend
+    if backward:
+        reads = 2 * queries + 2 * keys + 2 * rows
+        kv, by_q = tile(attention_pallas.BACKWARD_KV), tile(attention_pallas.BACKWARD_Q)
+        work["flash_attention_backward_kv"] = Work(kv, 8 * K * pairs, reads + 2 * keys)
+        work["flash_attention_backward_q"] = Work(by_q, 6 * K * pairs, reads + queries)
+        fn = jax.value_and_grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    return Probe(f"{what} {B}x{T}{f'->{S}' if S != T else ''}, {H}/{G} heads of {K}", fn, (q, k, k), work)
+
+
+def cross_entropy_probe(what: str, N, D, V) -> Probe:
+    """bf16 hidden states, an fp32 head (V, D) of which a bf16 copy is read."""
+    spec, tile = jax.ShapeDtypeStruct, linear_cross_entropy_pallas.TILES[2]
+    C = chunk_length(2, 1, N, V)
+    head, rows = 2 * V * D, 2 * D + 16
+    work = {
+        "linear_cross_entropy_statistics": Work(tile, 2 * N * D * V, head + N * rows),
+        "linear_cross_entropy_dlogits": Work(tile, 2 * C * D * V, head + C * rows + 2 * C * V),
+    }
+    fn = jax.value_and_grad(lambda h, w, y: linear_cross_entropy(h, w, y)[0].sum(), (0, 1))
+    args = spec((N, D), jnp.bfloat16), spec((V, D), jnp.float32), spec((N,), jnp.int32)
+    return Probe(f"{what} {N} x {D}, vocabulary {V} (dlogits: {C} rows)", fn, args, work)
+
+
+def probes() -> list[Probe]:
+    return [
+        attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
+        attention_probe("Llama", 1, 2048, 2048, 32, 8, 128),
+        attention_probe("DiT, full", 8, 256, 256, 16, 16, 72, causal=False),
+        attention_probe("PixArt, cross", 4, 1024, 120, 16, 16, 72, causal=False),
+        attention_probe("Gemma 2, window and cap", 1, 2048, 2048, 8, 4, 256, window=1024, soft_cap=50.0),
+        attention_probe("one token to a cache", 1, 1, 8192, 32, 8, 128, backward=False, causal=False),
+        cross_entropy_probe("GPT-2", 8192, 768, 50304),
+    ]
+
+
+HEADER = (
+    "kernel", "rows x columns", "warps", "loads", "registers", "spill B", "shared KiB", "blocks/SM", "mma", "GFLOP", "MB",
+    "bus us", "tensor us",
+)  # fmt: skip
+
+
+def rows_of(probe: Probe, card: Card) -> list[tuple]:
+    """A row of HEADER for each kernel of the call."""
+    found = compile_for(card, probe.fn, probe.args, kernels=True).kernels
+    rows = []
+    for name, work in probe.work.items():
+        kernel = next(k for k in found if k.name.removeprefix("pallas_").split("__")[0] == name)
+        t = work.tile
+        rows.append((
+            name, f"{t.rows} x {t.columns}", t.warps, t.stages, kernel.registers, kernel.spill_bytes,
+            f"{kernel.shared_bytes / 1024:.0f}", kernel.blocks_per_multiprocessor(card), kernel.tensor_core_instructions,
+            f"{work.flops / 1e9:.1f}", f"{work.bytes / 1e6:.1f}", f"{work.bytes / card.bandwidth * 1e6:.0f}",
+            f"{work.flops / card.tensor_tflops / 1e6:.0f}",
+        ))  # fmt: skip
+    return rows
+
+
+def text(card: Card, progress: Callable[[str], None] = lambda _: None) -> str:
+    """The table of all probes for `card`."""
+    lines = [f"{card.description}: {card.bandwidth / 1e9:.0f} GB/s, {card.tensor_tflops} TFLOP/s in bf16", ""]
+    widths = (33, 15, 6, 6, 10, 8, 11, 10, 5, 8, 8, 7, 10)
+    format_row = lambda row: "".join(
+        f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    )
+    for probe in probes():
+        progress(f"compiling {probe.shape}")
+        lines += [probe.shape, format_row(HEADER), *map(format_row, rows_of(probe, card)), ""]
+    return "\n".join(lines)
