@@ -1,5 +1,7 @@
 """Every recipe, in every variant, plans within the budget that its header states for a 12 GB card."""
 
+import dataclasses
+import math
 import pathlib
 import re
 
@@ -38,3 +40,42 @@ def test_the_train_step_plans_within_the_headers_budget(path, variant):
     assert peak <= budget, f"plans at {peak:.2f} GiB; the header says {budget}"
     assert peak >= 0.7 * budget - 0.1, f"plans at {peak:.2f} GiB; the header's {budget} tells nobody much"
     assert compiled.peak_bytes <= card.usable_bytes
+
+
+# GPT-2 124M, fp32 AdamW: what the kernels are for. (batch, T, remat, unrolled, GiB at the most)
+PROMISES = {
+    "8 x 1024": (8, 1024, "full", False, 2.3),
+    "one long sequence": (1, 8192, "full", False, 2.4),
+    "without remat": (16, 1024, "none", True, 8.0),
+    "without remat, scanned": (16, 1024, "none", False, 8.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promise", PROMISES)
+def test_the_kernels_keep_what_they_promise(promise):
+    batch, T, remat, unroll, limit = PROMISES[promise]
+    built = recipe.build(*recipe.load(f"{CONFIGS[0].parent / 'gpt2.py'}:124m"))
+    built = dataclasses.replace(
+        built,
+        train=dataclasses.replace(built.train, batch_size=batch, microbatch_size=0),
+        model=dataclasses.replace(built.model, block_size=T, remat=remat, unroll_layers=unroll),
+    )
+    train = planner.programs(built, modes.make_task(built, with_data=False))["train"]
+    compiled = compile_for(cards.find("rtx4070"), train.fn, train.args, train.donate_argnums, kernels=not unroll)
+    assert compiled.peak_bytes <= limit * 2**30
+    assert all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
+    if not unroll:
+        names = {kernel.name.removeprefix("pallas_").split("__")[0] for kernel in compiled.kernels}
+        assert names == {
+            "flash_attention_forward", "flash_attention_backward_kv", "flash_attention_backward_q",
+            "linear_cross_entropy_statistics", "linear_cross_entropy_dlogits",
+        }  # fmt: skip
+    shapes = {dims for i in compiled.module.instructions.values() for dims in dims_of(i.shape)}
+    assert max(map(math.prod, shapes)) < batch * T * built.model.vocab_size, "something is as large as the logits"
+    assert not any(dims[-2:] == (T, T) for dims in shapes), "there are scores of all by all"
+
+
+def dims_of(shape):
+    """Dimensions of an array, or of each in a tuple."""
+    return [dims for part in shape.parts for dims in dims_of(part)] if shape.parts else [shape.dims]

@@ -133,6 +133,6 @@ def test_gradients_under_dropout_use_the_mask_of_the_forward_pass(chunked):
         p_BxTxT = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)) * scale_BxTxT
         return jnp.sin(jnp.einsum("bts,bshk->bthk", p_BxTxT, v)).sum()
 
-    ours = lambda q, k, v: jnp.sin(kernel.attention(q, k, v, dropout_rate=rate, dropout_key=key)).sum()
+    ours = lambda q, k, v: jnp.sin(attention_by_xla(q, k, v, dropout_rate=rate, dropout_key=key)).sum()
     got, want = (quick.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (ours, with_known_mask))
     assert max(map(quick.relative_error, got, want)) < 2e-6
