@@ -55,7 +55,7 @@ BACKWARD_KV = {
 BACKWARD_Q = {
     32: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)),
     64: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)),
-    128: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
+    128: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
     256: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 
