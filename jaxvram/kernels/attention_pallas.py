@@ -79,6 +79,8 @@ class _Block:
         self.rule, self.span, self.rows_per_token = rule, span_ref, rows_per_token
         self.query_segments, self.key_segments = segment_refs if rule.segments else (None, None)
         self.K, self.width = head_size, backend.power_of_two(head_size)
+        # JAX 0.12 refuses a constant slice that ends beyond the array, mask or not; it cannot object to a computed one.
+        self.columns = pl.ds(0 if self.width == self.K else pl.program_id(0) * 0, self.width)
 
     def tile(self, ref, start, count: int, limit: int | None, head=()):
         """Rows [start, start + count) of a (limit, K) array as (count, width), zero beyond; limit None: they lie inside."""
@@ -87,7 +89,7 @@ class _Block:
             inside = (start + jnp.arange(count) < limit)[:, None]
             mask = inside if mask is None else inside & mask
             mask = jnp.broadcast_to(mask, (count, self.width))
-        return backend.load(ref.at[(pl.ds(start, count), *head, pl.ds(0, self.width))], mask=mask)
+        return backend.load(ref.at[(pl.ds(start, count), *head, self.columns)], mask=mask)
 
     def columns_mask(self, count: int):
         inside = (jnp.arange(self.width) < self.K)[None, :]
@@ -103,7 +105,7 @@ class _Block:
         inside = (start + jnp.arange(count) < limit)[:, None]
         mask = self.columns_mask(count)
         mask = jnp.broadcast_to(inside if mask is None else inside & mask, value.shape)
-        backend.store(ref.at[pl.ds(start, count), pl.ds(0, self.width)], value, mask=mask)
+        backend.store(ref.at[pl.ds(start, count), self.columns], value, mask=mask)
 
     def visible(self, row_start, column_start, shape, rows_axis: int, T: int, S: int):
         """The mask of one tile of scores; rows_axis says which axis the queries lie along."""
