@@ -10,7 +10,6 @@ Which blocks are visited, and which of them need a mask, comes ready made in spa
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,12 @@ from jax.experimental import pallas as pl
 from jaxvram.kernels import attention_mask as spans
 from jaxvram.kernels import backend
 from jaxvram.kernels.attention_mask import Data, Rule
-from jaxvram.kernels.attention_xla import HIDDEN, Scores
-from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.attention_xla import Scores
+from jaxvram.kernels.backend import HIDDEN, LOG2_E, START, Tile
 
-LOG2_E = math.log2(math.e)
-START = -1e29  # the running maximum before any score: far enough above HIDDEN that 2^(HIDDEN - START) is 0
 DECODE_ROWS = 16  # queries x heads of a group up to which they are packed, and the keys split among programs
 SPLIT_KEYS = 512  # keys a program at the least, when they are split
 MAX_SPLITS = 32
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +130,16 @@ class _Block:
         return carry
 
 
+def _query_block(rule: Rule, i, blocks: int):
+    """Which block of queries program i has: the longest first, where later ones see more."""
+    return blocks - 1 - i if rule.causal else i
+
+
 def _forward_kernel(span_ref, q_ref, k_ref, v_ref, *refs, rule, scores, tile, T, S, rows_per_token, splits):
     *segment_refs, o_ref, lse_ref = refs
     rows, columns = tile.rows, tile.columns
     block = _Block(rule, span_ref, segment_refs, q_ref.shape[-1], rows_per_token)
-    row_start = _query_block(rule, pl.num_programs(0) // splits, splits) * rows
+    row_start = _query_block(rule, pl.program_id(0) // splits, pl.cdiv(T, rows)) * rows
     q_TxK = block.tile(q_ref, row_start, rows, T)
 
     def body(j, carry, masked):
@@ -167,12 +168,6 @@ def _forward_kernel(span_ref, q_ref, k_ref, v_ref, *refs, rule, scores, tile, T,
     lse_T = jnp.where(empty_T, HIDDEN, max_T / LOG2_E + jnp.log(jnp.where(empty_T, 1.0, sum_T)))
     block.put(o_ref, row_start, acc_TxK / jnp.where(empty_T, 1.0, sum_T)[:, None], T)
     backend.store(lse_ref.at[pl.ds(row_start, rows)], lse_T, mask=row_start + jnp.arange(rows) < T)
-
-
-def _query_block(rule: Rule, blocks, splits: int = 1):
-    """Which block of queries this program has: the longest first, where later ones see more."""
-    i = pl.program_id(0) // splits if splits > 1 else pl.program_id(0)
-    return blocks - 1 - i if rule.causal else i
 
 
 def _backward_kv_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, rule, scores, tile, T, S, group):
@@ -214,7 +209,7 @@ def _backward_q_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref
     *segment_refs, dq_ref = refs
     rows, columns = tile.rows, tile.columns
     block = _Block(rule, span_ref, segment_refs, q_ref.shape[-1])
-    row_start = _query_block(rule, pl.num_programs(0)) * rows
+    row_start = _query_block(rule, pl.program_id(0), pl.cdiv(T, rows)) * rows
     q_TxK, do_TxK = (block.tile(ref, row_start, rows, T) for ref in (q_ref, do_ref))
     lse_T, delta_T = (block.row(ref, row_start, rows, T) for ref in (lse_ref, delta_ref))
 
@@ -260,10 +255,10 @@ def _forward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data, rows_per_token
     tile = tile_for(FORWARD, rule, scores, q_BxTxHxK, S)
     if T <= DECODE_ROWS:
         tile = dataclasses.replace(tile, rows=DECODE_ROWS)
-    blocks = -(-T // tile.rows)
+    blocks = pl.cdiv(T, tile.rows)
     span_BxNx6 = spans.key_spans(rule, data, B, T, S, tile.rows, tile.columns, rows_per_token)
     segments, segment_specs = _segments(rule, data)
-    i_of = lambda i: _query_block_index(rule, i // splits, blocks)
+    i_of = lambda i: _query_block(rule, i // splits, blocks)
     queries = pl.BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h, 0))
     keys = pl.BlockSpec((None, S, None, K), lambda i, h, b: (b, 0, h // (H // G), 0))
     kernel = functools.partial(
@@ -290,10 +285,6 @@ def _forward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data, rows_per_token
     return o_BxTxHxK, jax.nn.logsumexp(lse, axis=0)
 
 
-def _query_block_index(rule: Rule, i, blocks: int):
-    return blocks - 1 - i if rule.causal else i
-
-
 def backward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, o_BxTxHxK, lse_BxHxT, do_BxTxHxK, data, *, interpret):
     """(dq, dk, dv), in the dtypes of q, k and v."""
     B, T, H, K = q_BxTxHxK.shape
@@ -313,7 +304,7 @@ def backward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, o_BxTxHxK, lse_BxHxT
     rows = pl.BlockSpec((None, one, T), lambda i, g, b: (b, g, 0))
     dk_BxSxGxK, dv_BxSxGxK = backend.call(
         functools.partial(_backward_kv_kernel, tile=tile, group=R, **options),
-        grid=(-(-S // tile.columns), G, B),
+        grid=(pl.cdiv(S, tile.columns), G, B),
         in_specs=[span, queries, keys, keys, queries, rows, rows, *segment_specs],
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BxSxGxK, v_BxSxGxK)],
@@ -321,8 +312,8 @@ def backward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, o_BxTxHxK, lse_BxHxT
     )(spans.query_spans(rule, data, B, T, S, tile.rows, tile.columns), *arrays)  # fmt: skip
 
     tile = tile_for(BACKWARD_Q, rule, scores, q_BxTxHxK, S)
-    blocks = -(-T // tile.rows)
-    span = pl.BlockSpec((None, None, 6), lambda i, h, b: (b, _query_block_index(rule, i, blocks), 0))
+    blocks = pl.cdiv(T, tile.rows)
+    span = pl.BlockSpec((None, None, 6), lambda i, h, b: (b, _query_block(rule, i, blocks), 0))
     queries = pl.BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h, 0))
     keys = pl.BlockSpec((None, S, None, K), lambda i, h, b: (b, 0, h // R, 0))
     rows = pl.BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))

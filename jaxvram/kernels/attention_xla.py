@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.kernels.attention_mask import Data, Rule, visible
+from jaxvram.kernels.backend import HIDDEN
 
-HIDDEN = -1e30  # not -inf: a row without any visible key stays finite
 SCORES_BUDGET = 64 * 2**20  # bytes of fp32 scores that a chunk may hold
 MAX_CHUNKS = 8  # chunks are unrolled, so that a causal one reads only the keys before its end
 

@@ -8,6 +8,7 @@ read whole tiles, by `load` with a mask where a tile hangs over the edge.
 import dataclasses
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla", "interpret")
+HIDDEN = -1e30  # a score or logit that does not count; not -inf: a row of nothing else stays finite
+START = -1e29  # a running maximum before the first: far enough above HIDDEN that 2^(HIDDEN - START) is 0
+LOG2_E = math.log2(math.e)  # kernels take powers of two, which the hardware has
 LEAST_SHARED_MEMORY = 101_376  # bytes a block may have on sm_86, sm_89 and sm_120, the leanest of our cards
 
 with warnings.catch_warnings():  # JAX >= 0.11 announces its end, and has no other for Ada yet

@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxvram.kernels import backend
 from jaxvram.kernels import linear_cross_entropy_pallas as kernels
+from jaxvram.kernels.backend import HIDDEN
 
 LOGITS_BUDGET = 128 * 2**20  # bytes of a chunk's logits: fp32 ones on the XLA path, their gradient where kernels run
-HIDDEN = kernels.HIDDEN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
-from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.backend import HIDDEN, LOG2_E, START, Tile
 
-HIDDEN = -1e30  # logit of a column that does not count
-START = -1e29  # the running maximum before any column: 2^(HIDDEN - START) is 0
 DEPTH = {2: 64, 4: 32}  # of D at a time, by the bytes of an element
 TILES = {2: Tile(128, 128, 8, 3), 4: Tile(64, 64, 8, 2)}
 PROGRAMS = 512  # enough to fill any card several times over; V is split among programs until there are so many
-LOG2_E = 1.4426950408889634
 
 
 def _logits(h_ref, w_ref, row_start, column_start, tile, depth, shape, spec):

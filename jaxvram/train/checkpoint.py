@@ -245,11 +245,11 @@ def made_by(workdir: pathlib.Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        made_by = json.loads(path.read_text())
-        made_by["name"], made_by["variant"], made_by["model"].items()
+        recipe = json.loads(path.read_text())
+        recipe["name"], recipe["variant"], recipe["model"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; delete {workdir} or give another --workdir") from error
-    return made_by
+    return recipe
 
 
 def check_workdir(workdir: pathlib.Path, recipe, data_identity: dict | None = None) -> None:

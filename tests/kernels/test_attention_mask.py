@@ -81,4 +81,4 @@ def test_heads_packed_into_rows_share_a_position():
     rule = Rule(offset=None)
     data = Data(offset=jnp.int32(5))
     spans = masks.key_spans(rule, data, 1, 12, 40, 16, 4, rows_per_token=4)  # three tokens of four heads, at 5, 6, 7
-    assert spans[0, 0].tolist() == [0, 1 - 1, 1, 2, 5, 40]
+    assert spans[0, 0].tolist() == [0, 0, 1, 2, 5, 40]
