@@ -79,6 +79,8 @@ def _run(argv: list[str]) -> int:
             raise UserError("--mode=prepare reads no recipe: give --input, --out, --tokenizer, --shard_tokens, --workers")
         return modes.prepare(options)
     if options.mode == "kernels":
+        if recipe_file or len(overrides) > 1:
+            raise UserError("--mode=kernels reads no recipe: its shapes are fixed; give --card")
         return modes.kernels(options)
     if not recipe_file:
         raise UserError("--config=configs/NAME.py is missing; --help shows the usage")

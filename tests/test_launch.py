@@ -91,6 +91,7 @@ def fails(capsys, *arguments):
         (["--mode=prepare"], "--input"),
         (["--mode=prepare", "--input=gone.txt", "--out=x", "--tokenizer=char"], "gone.txt"),
         ([SORT, "--mode=prepare", "--input=a", "--out=b"], "reads no recipe"),
+        ([SORT, "--mode=kernels", "--card=rtx4070"], "reads no recipe"),
         ([*TEXT, "--config.data.path=gone.txt"], "data.path=gone.txt does not exist"),
         ([*TEXT, "--config.data.path=empty.txt"], "empty.txt"),
         ([*TEXT, "--config.data.path=poem.txt", "--config.sample.prompt=\u2603"], "sample.prompt=.*outside the vocabulary"),

@@ -52,7 +52,7 @@ BACKWARD_Q = {
     32: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)),
     64: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)),
     128: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
-    256: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 
 
@@ -137,7 +137,7 @@ def _query_block(rule: Rule, i, blocks: int):
 
 def _forward_kernel(span_ref, q_ref, k_ref, v_ref, *refs, rule, scores, tile, T, S, rows_per_token, splits):
     *segment_refs, o_ref, lse_ref = refs
-    rows, columns = tile.rows, tile.columns
+    rows, columns, in_bits = tile.rows, tile.columns, scores.in_units(LOG2_E)
     block = _Block(rule, span_ref, segment_refs, q_ref.shape[-1], rows_per_token)
     row_start = _query_block(rule, pl.program_id(0) // splits, pl.cdiv(T, rows)) * rows
     q_TxK = block.tile(q_ref, row_start, rows, T)
@@ -146,7 +146,7 @@ def _forward_kernel(span_ref, q_ref, k_ref, v_ref, *refs, rule, scores, tile, T,
         acc_TxK, max_T, sum_T = carry
         limit = S if masked else None
         k_SxK = block.tile(k_ref, j * columns, columns, limit)
-        s_TxS = scores(backend.dot(q_TxK, k_SxK, trans_b=True)) * LOG2_E
+        s_TxS = in_bits(backend.dot(q_TxK, k_SxK, trans_b=True))
         if masked:
             s_TxS = jnp.where(block.visible(row_start, j * columns, (rows, columns), 0, T, S), s_TxS, HIDDEN)
         new_max_T = jnp.maximum(max_T, s_TxS.max(axis=1))
@@ -172,7 +172,7 @@ def _forward_kernel(span_ref, q_ref, k_ref, v_ref, *refs, rule, scores, tile, T,
 
 def _backward_kv_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, rule, scores, tile, T, S, group):
     *segment_refs, dk_ref, dv_ref = refs
-    rows, columns = tile.rows, tile.columns
+    rows, columns, in_bits = tile.rows, tile.columns, scores.in_units(LOG2_E)
     block = _Block(rule, span_ref, segment_refs, k_ref.shape[-1])
     column_start = pl.program_id(0) * columns
     k_SxK, v_SxK = (block.tile(ref, column_start, columns, S) for ref in (k_ref, v_ref))
@@ -183,13 +183,13 @@ def _backward_kv_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_re
             at = (i * rows, rows, T if masked else None)
             q_TxK, do_TxK = (block.tile(ref, *at, head=head) for ref in (q_ref, do_ref))
             lse_T, delta_T = (block.row(ref, *at, head=head) for ref in (lse_ref, delta_ref))
-            s_SxT = scores(backend.dot(k_SxK, q_TxK, trans_b=True))
-            p_SxT = jnp.exp2((s_SxT - lse_T[None, :]) * LOG2_E)
+            s_SxT = in_bits(backend.dot(k_SxK, q_TxK, trans_b=True))
+            p_SxT = jnp.exp2(s_SxT - (lse_T * LOG2_E)[None, :])
             if masked:
                 p_SxT = jnp.where(block.visible(i * rows, column_start, (columns, rows), 1, T, S), p_SxT, 0.0)
             dv_SxK += backend.dot(p_SxT.astype(do_TxK.dtype), do_TxK)
             dp_SxT = backend.dot(v_SxK, do_TxK, trans_b=True)
-            ds_SxT = p_SxT * (dp_SxT - delta_T[None, :]) * scores.slope(s_SxT)
+            ds_SxT = p_SxT * (dp_SxT - delta_T[None, :]) * in_bits.slope(s_SxT)
             dk_SxK += backend.dot(ds_SxT.astype(q_TxK.dtype), q_TxK)
             return dk_SxK, dv_SxK
 
@@ -207,21 +207,22 @@ def _backward_kv_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_re
 
 def _backward_q_kernel(span_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, rule, scores, tile, T, S):
     *segment_refs, dq_ref = refs
-    rows, columns = tile.rows, tile.columns
+    rows, columns, in_bits = tile.rows, tile.columns, scores.in_units(LOG2_E)
     block = _Block(rule, span_ref, segment_refs, q_ref.shape[-1])
     row_start = _query_block(rule, pl.program_id(0), pl.cdiv(T, rows)) * rows
     q_TxK, do_TxK = (block.tile(ref, row_start, rows, T) for ref in (q_ref, do_ref))
     lse_T, delta_T = (block.row(ref, row_start, rows, T) for ref in (lse_ref, delta_ref))
+    lse_T *= LOG2_E
 
     def body(j, dq_TxK, masked):
         limit = S if masked else None
         k_SxK, v_SxK = (block.tile(ref, j * columns, columns, limit) for ref in (k_ref, v_ref))
-        s_TxS = scores(backend.dot(q_TxK, k_SxK, trans_b=True))
-        p_TxS = jnp.exp2((s_TxS - lse_T[:, None]) * LOG2_E)
+        s_TxS = in_bits(backend.dot(q_TxK, k_SxK, trans_b=True))
+        p_TxS = jnp.exp2(s_TxS - lse_T[:, None])
         if masked:
             p_TxS = jnp.where(block.visible(row_start, j * columns, (rows, columns), 0, T, S), p_TxS, 0.0)
         dp_TxS = backend.dot(do_TxK, v_SxK, trans_b=True)
-        ds_TxS = p_TxS * (dp_TxS - delta_T[:, None]) * scores.slope(s_TxS)
+        ds_TxS = p_TxS * (dp_TxS - delta_T[:, None]) * in_bits.slope(s_TxS)
         return dq_TxK + backend.dot(ds_TxS.astype(k_SxK.dtype), k_SxK)
 
     dq_TxK = block.walk(body, jnp.zeros((rows, block.width), jnp.float32))

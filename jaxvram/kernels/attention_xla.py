@@ -28,6 +28,10 @@ class Scores:
         scores = products * self.scale
         return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
 
+    def in_units(self, unit: float) -> "Scores":
+        """The same scores times `unit`; the slope stays the same."""
+        return Scores(self.scale * unit, None if self.cap is None else self.cap * unit)
+
     def slope(self, scores):
         """d s / d (q . k scale), from s."""
         return 1.0 if self.cap is None else 1.0 - jnp.square(scores / self.cap)
@@ -120,10 +124,12 @@ def forward(rule: Rule, scores: Scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data: D
         highest = s.max(-1, keepdims=True)
         p = jnp.exp(s - highest)
         total = p.sum(-1, keepdims=True)
-        p /= total
         if rule.may_hide_all:
             p = jnp.where(mask, p, 0)
-        outs.append(jnp.einsum(PV[p.ndim], p.astype(v_BxSxGxK.dtype), v_BxSxGxK[:, :keys]))
+        o = jnp.einsum(
+            PV[p.ndim], p.astype(v_BxSxGxK.dtype), v_BxSxGxK[:, :keys], preferred_element_type=jnp.float32
+        )
+        outs.append((o / jnp.moveaxis(total, -2, 1)).astype(v_BxSxGxK.dtype))
         lses.append((highest + jnp.log(total))[..., 0].reshape(B, H, end - start))
     return jnp.concatenate(outs, axis=1).reshape(_result(q_BxTxHxK, v_BxSxGxK)), jnp.concatenate(lses, axis=-1)
 

@@ -108,7 +108,7 @@ def _dlogits_kernel(h_ref, w_ref, target_ref, lse_ref, weight_ref, g_ref, dlogit
         backend.load(ref.at[pl.ds(row_start, tile.rows)], mask=rows_inside)
         for ref in (target_ref, lse_ref, weight_ref, g_ref)
     )
-    p_RxC = jnp.exp2((logits_RxC - lse_R[:, None]) * LOG2_E)
+    p_RxC = jnp.exp2(logits_RxC * LOG2_E - (lse_R * LOG2_E)[:, None])
     columns = column_start + jnp.arange(tile.columns)
     wanted_RxC = spec.wanted(columns[None, :] == target_R[:, None], V)
     dlogits_RxC = (p_RxC * weight_R[:, None] - wanted_RxC * g_R[:, None]) * spec.slope(logits_RxC)

@@ -173,7 +173,7 @@ class _Reader:
         if carried and not self.differentiates:
             return "cache"
         frame = self._frame(origin)
-        if frame and (frame.function.endswith(".loss") or "cross_entropy" in frame.function):
+        if frame and (frame.function.endswith(".loss") or "cross_entropy" in frame.file):
             return "logits and loss"
         return "saved activations" if phase == "forward" else "workspace"
 

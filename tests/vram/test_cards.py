@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxvram.errors import UserError
+from jaxvram.kernels.backend import LEAST_SHARED_MEMORY
 from jaxvram.vram import cards
 from jaxvram.vram.cards import CARDS, GIB
 from jaxvram.vram.compile import compile_for
@@ -32,6 +33,10 @@ def test_the_table_lists_every_card():
     lines = cards.table().splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(CARDS)
     assert "11.63 GiB" in next(line for line in lines if line.startswith("rtx4070"))
+
+
+def test_kernels_are_made_for_the_leanest_card():
+    assert min(card.shared_memory_per_block for card in CARDS.values()) == LEAST_SHARED_MEMORY
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=list(CARDS))
