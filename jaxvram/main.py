@@ -17,12 +17,14 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
 
   --mode=train    train, or resume what the workdir holds (the default)
   --mode=eval     loss of a checkpoint on the fixed evaluation batches, and scores
-  --mode=sample   text from a checkpoint (--config.sample.prompt=..., .prompt_file, .temperature, .top_k, .top_p, .seed)
+  --mode=sample   from a checkpoint: text (--config.sample.prompt=..., .prompt_file, .temperature, .top_k, .top_p, .seed)
+                  or images (--config.sample.classes=..., .sampler, .steps, .guidance, .num_samples, .seed)
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
-  --mode=export   a checkpoint as a Hugging Face folder (--out=DIR)
+  --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR)
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
-  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR)
+  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR), or a folder of images to latents
+                  (--autoencoder=random, --image_size=256 as well)
 """
 
 
@@ -76,7 +78,8 @@ def _run(argv: list[str]) -> int:
 
     if options.mode == "prepare":
         if recipe_file or len(overrides) > 1:
-            raise UserError("--mode=prepare reads no recipe: give --input, --out, --tokenizer, --shard_tokens, --workers")
+            flags_of = "--input, --out, --tokenizer, --shard_tokens, --workers; for images --autoencoder, --image_size"
+            raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
         return modes.prepare(options)
     if options.mode == "kernels":
         if recipe_file or len(overrides) > 1:
@@ -122,8 +125,10 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("card", None, "For plan and fit: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export and prepare: the folder to write.")
-    text("input", None, "For prepare: a text file or a folder of texts.")
+    text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
     text("tokenizer", "gpt2", "For prepare: gpt2 or char.")
+    text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
+    number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")
     text("coordinator", None, "Several hosts: address:port of process 0, or `auto` under SLURM and Kubernetes.")

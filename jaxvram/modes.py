@@ -8,11 +8,10 @@ import time
 
 import jax
 
-from jaxvram import data
-from jaxvram.errors import UserError
-from jaxvram.models import MODELS
-from jaxvram.sample.text import SampleConfig
-from jaxvram.tasks.language import LanguageTask
+from jaxvram.convert import converter
+from jaxvram.errors import UserError, nearest
+from jaxvram.models import name_of
+from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
@@ -20,27 +19,12 @@ from jaxvram.train.loop import Loop
 from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh, shardings
 
-UNKNOWN_VOCABULARY = 256  # characters; more than any text in one European language has
-
 
 def make_task(recipe, with_data: bool = True):
-    """The recipe's task. Without data, for a plan: nothing is downloaded, and an unknown vocabulary is assumed."""
-    cfg = recipe.model
-    source = None
-    if with_data:
-        source = data.load(recipe.data, cfg.block_size, recipe.train.seed)
-    elif cfg.vocab_size == 0:
-        try:
-            at_hand = dataclasses.replace(recipe.data, download=False, allow_offline=False)
-            source = data.load(at_hand, cfg.block_size, recipe.train.seed)
-        except UserError:
-            _say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
-    if cfg.vocab_size == 0:
-        cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
-    if cfg.kernels == "auto" and jax.device_count() > 1:  # XLA can't divide a kernel of ours among devices
-        cfg = dataclasses.replace(cfg, kernels="xla")
-    model_type = next(model for model, config_type in MODELS.values() if isinstance(cfg, config_type))
-    return LanguageTask(model_type(cfg), source, recipe.task, recipe.sample)
+    """The recipe's task; without data for a plan, which reads shapes alone."""
+    if recipe.model.kernels == "auto" and jax.device_count() > 1:  # XLA can't divide a kernel of ours among devices
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, kernels="xla"))
+    return TASKS[TASK_OF[name_of(recipe.model)]].of_recipe(recipe, with_data, _say)
 
 
 def train(recipe, workdir: pathlib.Path, options) -> int:
@@ -52,9 +36,7 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
         print(f"data: {task.source.description}", flush=True)
     init_params = None
     if recipe.train.init_from:
-        from jaxvram.convert import gpt2
-
-        init_params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
+        init_params = converter(recipe.model).load_params(recipe.train.init_from, task.model.cfg)
     loop = Loop(recipe, task, workdir)
     if loop.writes:
         _plan_for_this_gpu(recipe, task, workdir)
@@ -63,7 +45,7 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
         return 128 + loop.interrupt.received
     samples = task.show(loop.final_params)  # by all processes, of which each holds a part of the weights
     if loop.writes:
-        print("\n" + f"\n{'-' * 80}\n".join(samples), flush=True)
+        print("\n" + samples.text, flush=True)
         print(f"\nrun folder: {workdir} (open {workdir / 'report.html'})", flush=True)
     return 0
 
@@ -88,52 +70,55 @@ def evaluate(recipe, workdir: pathlib.Path, options) -> int:
     evaluator = Evaluator(task, recipe.eval, cfg.batch_size // cfg.microbatches, make_mesh(recipe.mesh))
     for split in ("train", "val") if recipe.eval.train_split else ("val",):
         scores = task.scores(params) if split == "val" else {}
-        print(json.dumps({"step": step, "split": split, "loss": evaluator(params, split), **scores}), flush=True)
+        print(json.dumps({"step": step, "split": split, **evaluator(params, split), **scores}), flush=True)
     return 0
 
 
 def sample(recipe, workdir: pathlib.Path, options) -> int:
-    """Continuations of the prompt, on the terminal and in samples/."""
-    prompt = None
-    if recipe.sample.prompt_file:
-        path = pathlib.Path(recipe.sample.prompt_file)
-        if not path.is_file():
-            raise UserError(f"sample.prompt_file={path} does not exist")
-        try:
-            prompt = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"sample.prompt_file={path} is not UTF-8 text") from error
+    """What the recipe's sample section asks for, on the terminal and in samples/."""
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
-    asked = prompt is not None or recipe.sample.prompt != SampleConfig.prompt
-    texts = task.continue_prompt(params, prompt) if asked or not hasattr(task.source, "problems") else task.show(params)
-    text = f"\n{'-' * 80}\n".join(texts)
-    print(text)
-    folder = workdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics.write_atomic(folder / f"asked_{step:06d}_{time.strftime('%Y%m%d-%H%M%S')}.txt", text + "\n")
+    samples = task.show_on_request(params)
+    print(samples.text)
+    stem = f"asked_{step:06d}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for path in metrics.write_samples(workdir, stem, samples.files):
+        if path.suffix != ".txt":  # a text has just been printed
+            print(path)
     return 0
 
 
 def export(recipe, workdir: pathlib.Path, options) -> int:
-    """The checkpoint's weights as a folder that transformers loads."""
-    from jaxvram.convert import gpt2
-
+    """The checkpoint's weights as a folder that transformers or diffusers loads."""
     if not options.out:
         raise UserError("--mode=export needs --out=DIR")
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
-    gpt2.save(params, task.model.cfg, options.out)
+    converter(recipe.model).save(params, task.model.cfg, options.out)
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0
 
 
 def prepare(options) -> int:
-    """Texts to token files."""
-    from jaxvram.data.prepare import prepare as write_shards
-
+    """Texts to token files; with --autoencoder, images to latents."""
     if not options.input or not options.out:
         raise UserError("--mode=prepare needs --input=FILE_OR_FOLDER and --out=DIR")
+    if options.autoencoder:
+        return _prepare_latents(options)
+    from jaxvram.data.prepare import prepare as write_shards
+
     files = write_shards(options.input, options.out, options.tokenizer, options.shard_tokens, options.workers)
     print(f"{len(files)} file(s) in {options.out}; train on them with --config.data.path={options.out}")
+    return 0
+
+
+def _prepare_latents(options) -> int:
+    from jaxvram.data.latents import AUTOENCODERS, prepare_latents
+
+    if options.autoencoder not in AUTOENCODERS:
+        raise UserError(f"--autoencoder={options.autoencoder} is unknown{nearest(options.autoencoder, AUTOENCODERS)}")
+    done = prepare_latents(options.input, options.out, AUTOENCODERS[options.autoencoder](), options.image_size)
+    for line in done.skipped:
+        _say(f"skipped {line}")
+    path = f"--config.data.name=latents --config.data.path={options.out}"
+    print(f"{done.images} images in {done.shards} shard(s), {len(done.skipped)} skipped; train on them with {path}")
     return 0
 
 
@@ -152,7 +137,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     kinds = [kind for kind in (kind, "latest", "best") if look(workdir, kind).step is not None]
     if not kinds and not recipe.train.init_from:
         raise UserError(f"there is no checkpoint in {workdir}; train first, or set --workdir")
-    if not with_data and recipe.model.vocab_size == 0 and (before := made_by(workdir)):
+    if not with_data and getattr(recipe.model, "vocab_size", None) == 0 and (before := made_by(workdir)):
         vocab_size = before.get("data_identity", {}).get("vocab_size", 0)
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
     task = make_task(recipe, with_data)
@@ -160,9 +145,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
         check_workdir(workdir, recipe, task.data_identity)
     mesh = make_mesh(recipe.mesh)
     if not kinds:
-        from jaxvram.convert import gpt2
-
-        params = gpt2.load_params(recipe.train.init_from, task.model.cfg)
+        params = converter(recipe.model).load_params(recipe.train.init_from, task.model.cfg)
         return task, jax.device_put(params, shardings(params, mesh)), 0
     checkpoints = Checkpoints(workdir)
     weights, meta = checkpoints.restore_weights(kinds[0], make_program(recipe, task, mesh).target)

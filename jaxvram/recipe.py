@@ -11,11 +11,9 @@ from collections.abc import Mapping
 import jax
 from ml_collections import ConfigDict, config_dict
 
-from jaxvram.data import DataConfig
 from jaxvram.errors import UserError, nearest
-from jaxvram.models import MODELS
-from jaxvram.sample.text import SampleConfig
-from jaxvram.tasks.language import LanguageConfig
+from jaxvram.models import MODELS, name_of
+from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.train.checkpoint import CheckpointConfig
 from jaxvram.train.evaluate import EvalConfig
 from jaxvram.train.optimizer import OptimizerConfig
@@ -29,13 +27,13 @@ class Recipe:
 
     name: str  # of the file
     variant: str
-    task: LanguageConfig
-    model: typing.Any  # the dataclass of its architecture
-    data: DataConfig
+    task: typing.Any  # of its task (tasks/): so are data and sample
+    model: typing.Any  # of its architecture
+    data: typing.Any
     optimizer: OptimizerConfig
     train: TrainConfig
     eval: EvalConfig
-    sample: SampleConfig
+    sample: typing.Any
     checkpoint: CheckpointConfig
     mesh: MeshConfig
 
@@ -46,13 +44,23 @@ class Recipe:
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in ("name", "variant")}
 
 
+def sections_of(model: str) -> dict[str, type]:
+    """The dataclass of every section of a recipe for the model of that name."""
+    return SECTIONS | TASKS[TASK_OF[model]].SECTIONS | {"model": MODELS[model][1]}
+
+
 def new(*, model, **sections) -> ConfigDict:
-    """A locked ConfigDict of every section: those given as dataclasses, the others by their defaults."""
+    """A locked ConfigDict of every section: those given as dataclasses, the others by the defaults of the model's task."""
     if unknown := set(sections) - set(SECTIONS):
         raise TypeError(f"unknown sections {sorted(unknown)}; valid: {sorted(SECTIONS)}")
+    kind = name_of(model)
+    types_of = sections_of(kind)
     sections["model"] = model
-    config = ConfigDict({name: _to_config(sections.get(name) or cls()) for name, cls in SECTIONS.items()})
-    config.model.name = next(name for name, (_, config_type) in MODELS.items() if type(model) is config_type)
+    for name, section in sections.items():
+        if type(section) is not types_of[name]:
+            raise TypeError(f"section {name} is a {type(section).__name__}; {kind} takes a {types_of[name].__name__}")
+    config = ConfigDict({name: _to_config(sections.get(name) or cls()) for name, cls in types_of.items()})
+    config.model.name = kind
     return config.lock()
 
 
@@ -95,14 +103,13 @@ def build(config: ConfigDict, name: str, variant: str) -> Recipe:
     Raises:
       UserError: a field is unknown (with the nearest valid name) or has the wrong type.
     """
-    sections = {}
-    for section, cls in SECTIONS.items():
+    sections, kind = {}, config.model.name
+    if kind not in MODELS:
+        raise UserError(f"model.name={kind!r} is unknown{nearest(str(kind), MODELS)}")
+    for section, cls in sections_of(kind).items():
         values = config[section].to_dict()
         if section == "model":
-            name_of_model = values.pop("name")
-            if name_of_model not in MODELS:
-                raise UserError(f"model.name={name_of_model!r} is unknown{nearest(str(name_of_model), MODELS)}")
-            cls = MODELS[name_of_model][1]
+            values.pop("name")
         sections[section] = _from_config(cls, values, section)
     return Recipe(name=name, variant=variant, **sections)
 

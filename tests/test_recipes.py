@@ -12,6 +12,8 @@ from jaxvram import recipe as recipes
 from jaxvram.errors import UserError
 from jaxvram.main import main
 from jaxvram.models.gpt2 import GPT2Config
+from jaxvram.tasks.diffusion import DiffusionConfig
+from jaxvram.tasks.language import LanguageConfig
 from jaxvram.train import metrics
 from jaxvram.train.optimizer import OptimizerConfig
 
@@ -111,7 +113,7 @@ def test_a_recipe_is_made_of_the_defaults_and_what_it_sets():
     config = recipes.new(model=GPT2Config(n_layer=3))
     recipe = recipes.build(config, "x", "y")
     assert recipe.model == GPT2Config(n_layer=3)
-    for section, cls in recipes.SECTIONS.items():
+    for section, cls in recipes.sections_of("gpt2").items():
         assert section == "model" or getattr(recipe, section) == cls()
         assert dataclasses.is_dataclass(getattr(recipe, section))
 
@@ -122,11 +124,18 @@ def test_tiny_learns(file, tmp_path, monkeypatch, capsys, no_report, request):
     if file.stem != "gpt2":  # whose 50,257 rows need the optimiser
         request.getfixturevalue("quick_compile")
     monkeypatch.chdir(tmp_path)
+    of_task = {
+        LanguageConfig: [
+            "--config.sample.max_new_tokens=8", "--config.task.score_problems=8", "--config.data.download=False"
+        ],
+        DiffusionConfig: ["--config.sample.steps=2", "--config.task.score_samples=0"],
+    }[type(build(file, "tiny").task)]  # fmt: skip
     arguments = [
-        "--config.train.steps=30", "--config.train.log_every=1", "--config.eval.every=0", "--config.eval.batches=2",
-        "--config.sample.max_new_tokens=8", "--config.sample.num_samples=1", "--config.task.score_problems=8",
+        *of_task, "--config.train.steps=30", "--config.train.log_every=1", "--config.eval.every=0",
+        "--config.eval.batches=2",
+        "--config.sample.num_samples=1",
         "--config.optimizer.warmup_steps=5", "--config.checkpoint.best=False",
-        "--config.data.download=False", "--workdir=run",
+        "--workdir=run",
     ]  # fmt: skip
     assert main(["launch.py", f"--config={file}:tiny", *arguments]) == 0
     losses = [line["loss"] for line in metrics.read("run") if "split" not in line]

@@ -1,0 +1,10 @@
+"""Weights to and from the layouts that others use: a module a model, each with `load_params` and `save`."""
+
+import importlib
+
+from jaxvram.models import name_of
+
+
+def converter(cfg):
+    """The module of this package for the model of a configuration."""
+    return importlib.import_module(f"jaxvram.convert.{name_of(cfg)}")

@@ -23,11 +23,10 @@ DEFAULTS = {  # what transformers takes for a key that config.json leaves out
     "tie_word_embeddings": True,
 }
 FIXED = {  # what our GPT-2 is, and config.json may change
-    "n_inner": None,
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
 }
 ACTIVATION_OF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 EOT = 50256  # <|endoftext|> of GPT-2's vocabulary
@@ -56,8 +55,7 @@ def load_params(folder, cfg: GPT2Config) -> dict:
 
     def stacked(name, *shape):
         layers = np.empty((L, *shape), cfg.param_dtype)
-        for i in range(L):
-            layers[i] = read(f"h.{i}.{name}", *shape)
+        source.read_layers(f"{prefix}h.{{}}.{name}", layers)
         return layers
 
     params = {
@@ -124,26 +122,17 @@ def _layer_parameters(D: int):
 
 
 def _check_config(source: HuggingFaceFolder, theirs: dict, cfg: GPT2Config) -> None:
-    where = source.path / "config.json"
-    if strange := [key for key in SIZES if type(theirs[key]) is not int or theirs[key] < 1]:
-        raise UserError(f"{where} is damaged: {strange[0]}={theirs[strange[0]]!r}")
-    for key, value in FIXED.items():
-        if theirs.get(key, value) not in ((None, 4 * cfg.n_embd) if key == "n_inner" else (value,)):
-            raise UserError(
-                f"{where}: {key}={theirs[key]} is no GPT-2 as OpenAI made it (there: {value}); not supported"
-            )
+    source.check_sizes(theirs, SIZES)
+    source.check_fixed(theirs, {"n_inner": (None, 4 * cfg.n_embd), **FIXED}, "GPT-2 as OpenAI made it")
     if (activation := ACTIVATION_OF.get(theirs["activation_function"])) is None:
+        where = source.path / "config.json"
         raise UserError(f"{where}: activation_function={theirs['activation_function']!r} is none of {[*ACTIVATION_OF]}")
     wanted = {key: theirs[key] for key in SIZES if key != "n_positions"} | {"activation": activation}
     if cfg.tie_head and not theirs["tie_word_embeddings"]:
         wanted["tie_head"] = False
-    differ = {key: value for key, value in wanted.items() if getattr(cfg, key) != value}
     if cfg.block_size > theirs["n_positions"]:
-        differ["block_size"] = theirs["n_positions"]
-    if differ:
-        values = ", ".join(f"{key}={value} (the recipe: {getattr(cfg, key)})" for key, value in differ.items())
-        paste = " ".join(f"--config.model.{key}={value}" for key, value in differ.items())
-        raise UserError(f"the checkpoint in {source.path} has {values}; add {paste}")
+        wanted["block_size"] = theirs["n_positions"]
+    source.check_fields(wanted, cfg)
 
 
 def _drop_zero_biases(source: HuggingFaceFolder, params: dict) -> None:

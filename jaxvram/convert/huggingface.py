@@ -1,10 +1,11 @@
-"""A folder in Hugging Face's layout: config.json beside model.safetensors, or beside shards and their index."""
+"""A folder in Hugging Face's layout: config.json beside weights as safetensors, or beside shards and their index."""
 
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors asks for by name
 import numpy as np
@@ -13,25 +14,46 @@ import safetensors.numpy
 
 from jaxvram.errors import UserError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+CONFIG = "config.json"
 OURS = "exported_by"  # in config.json: a folder that an export may replace
+
+
+class Layout(NamedTuple):
+    """What a library of Hugging Face's calls things."""
+
+    library: str = "transformers"
+    kind: str = "model_type"  # which model it is, in config.json
+    weights: str = "model.safetensors"
+    pickled: str = "pytorch_model.bin"
+    mark: str = OURS
+
+    @property
+    def index(self) -> str:
+        return f"{self.weights}.index.json"
+
+
+TRANSFORMERS = Layout()
+_STEM = "diffusion_pytorch_model"
+# diffusers warns of every key of config.json that it does not know, unless it begins with an underscore
+DIFFUSERS = Layout("diffusers", "_class_name", f"{_STEM}.safetensors", f"{_STEM}.bin", f"_{OURS}")
 
 
 class HuggingFaceFolder:
     """Reads the config at once and tensors one at a time, so that a model never lies in memory twice.
 
-    Raises (constructor and `tensor`):
-      UserError: a file is missing, is damaged, or does not hold the tensor asked for.
+    `kinds` are the names that the model may go by in config.json, today's first.
+
+    Raises (constructor and methods):
+      UserError: a file is missing, is damaged, does not hold the tensor asked for, or is of another model.
     """
 
-    def __init__(self, folder, model_type: str):
-        self.path = pathlib.Path(folder).expanduser()
+    def __init__(self, folder, *kinds: str, layout: Layout = TRANSFORMERS):
+        self.path, self.layout = pathlib.Path(folder).expanduser(), layout
         if not self.path.is_dir():
-            raise UserError(f"init_from={folder}: there is no such folder; give one with {CONFIG} and {WEIGHTS}")
+            raise UserError(f"init_from={folder}: there is no such folder; give one with {CONFIG} and {layout.weights}")
         self.config = self._json(CONFIG)
-        if (found := self.config.get("model_type")) != model_type:
-            raise UserError(f"{self.path / CONFIG} is of a {found!r} model; this recipe's model is {model_type!r}")
+        if (found := self.config.get(layout.kind)) not in kinds:
+            raise UserError(f"{self.path / CONFIG} is of a {found!r} model; this recipe's model is {kinds[0]!r}")
         self._files = {}
         self._file_of = self._tensor_names()
 
@@ -51,26 +73,53 @@ class HuggingFaceFolder:
         except safetensors.SafetensorError as error:  # an index that points to the wrong shard
             raise UserError(f"{file} does not give {name!r}: {error}") from error
 
+    def read_layers(self, name: str, out_L: np.ndarray, transposed: bool = False) -> None:
+        """Fills out_L[i] with the tensor `name.format(i)`, in the dtype of out_L."""
+        for i, out in enumerate(out_L):
+            tensor = self.tensor(name.format(i), out.T.shape if transposed else out.shape)
+            out[...] = tensor.T if transposed else tensor
+
+    def check_sizes(self, config: dict, names) -> None:
+        """Every one of `names` is a whole number of at least 1 in `config`."""
+        if strange := [name for name in names if type(config[name]) is not int or config[name] < 1]:
+            raise UserError(f"{self.path / CONFIG} is damaged: {strange[0]}={config[strange[0]]!r}")
+
+    def check_fixed(self, config: dict, fixed: dict[str, tuple], model: str) -> None:
+        """What `config` says of a key is among the values that ours knows, of which the first is the usual one."""
+        for key, values in fixed.items():
+            if config.get(key, values[0]) not in values:
+                raise UserError(
+                    f"{self.path / CONFIG}: {key}={config[key]} is no {model} (there: {values[0]}); not supported"
+                )
+
+    def check_fields(self, wanted: dict, cfg) -> None:
+        """The fields of `cfg` are as the checkpoint has them; the message names the overrides."""
+        if differ := {key: value for key, value in wanted.items() if getattr(cfg, key) != value}:
+            values = ", ".join(f"{key}={value} (the recipe: {getattr(cfg, key)})" for key, value in differ.items())
+            paste = " ".join(f"--config.model.{key}={value}" for key, value in differ.items())
+            raise UserError(f"the checkpoint in {self.path} has {values}; add {paste}")
+
     def _tensor_names(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        if (self.path / WEIGHTS).is_file():
-            return dict.fromkeys(self._open(self.path / WEIGHTS).keys(), WEIGHTS)
-        if (self.path / INDEX).is_file():
-            file_of = self._json(INDEX).get("weight_map")
+        layout = self.layout
+        if (self.path / layout.weights).is_file():
+            return dict.fromkeys(self._open(self.path / layout.weights).keys(), layout.weights)
+        if (self.path / layout.index).is_file():
+            file_of = self._json(layout.index).get("weight_map")
             if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
-                raise UserError(f"{self.path / INDEX} is damaged: it has no weight_map; download it again")
+                raise UserError(f"{self.path / layout.index} is damaged: it has no weight_map; download it again")
             return file_of
-        if any((self.path / name).exists() for name in PICKLED):
+        if any((self.path / (layout.pickled + end)).exists() for end in ("", ".index.json")):
             raise UserError(
-                f"{self.path} holds pickled weights only (pytorch_model.bin); save them as safetensors: load the model "
-                f"with transformers and call save_pretrained, or download {WEIGHTS}"
+                f"{self.path} holds pickled weights only ({layout.pickled}); save them as safetensors: load the model "
+                f"with {layout.library} and call save_pretrained, or download {layout.weights}"
             )
-        raise UserError(f"{self.path} has no {WEIGHTS} and no {INDEX}")
+        raise UserError(f"{self.path} has no {layout.weights} and no {layout.index}")
 
     def _open(self, file: pathlib.Path):
         if file not in self._files:
             if not file.is_file():
-                raise UserError(f"{file} is missing though {INDEX} names it; download it again")
+                raise UserError(f"{file} is missing though {self.layout.index} names it; download it again")
             try:
                 self._files[file] = safetensors.safe_open(file, framework="numpy")
             except safetensors.SafetensorError as error:
@@ -89,14 +138,14 @@ class HuggingFaceFolder:
         return content
 
 
-def write_folder(folder, config: dict, tensors: dict[str, np.ndarray]) -> None:
-    """config.json and model.safetensors, in a temporary folder that takes its name when it is complete.
+def write_folder(folder, config: dict, tensors: dict[str, np.ndarray], layout: Layout = TRANSFORMERS) -> None:
+    """config.json and the weights, in a temporary folder that takes its name when it is complete.
 
     Raises:
       UserError: `folder` holds something that is not an export of ours, or the disk is full.
     """
     target = pathlib.Path(folder).expanduser()
-    _check_replaceable(target)
+    _check_replaceable(target, layout)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -105,8 +154,9 @@ def write_folder(folder, config: dict, tensors: dict[str, np.ndarray]) -> None:
     try:
         # save_file writes the memory of an array as it lies: a transposed view would be stored wrongly, without a word
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        safetensors.numpy.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps({**config, OURS: "jaxvram"}, indent=2) + "\n", encoding="utf-8")
+        safetensors.numpy.save_file(tensors, temporary / layout.weights, metadata={"format": "pt"})
+        config = {**config, layout.mark: "jaxvram"}
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _share(temporary)
         _put_in_place(temporary, target)
     except (OSError, safetensors.SafetensorError) as error:
@@ -115,16 +165,16 @@ def write_folder(folder, config: dict, tensors: dict[str, np.ndarray]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(target: pathlib.Path) -> None:
+def _check_replaceable(target: pathlib.Path, layout: Layout) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a new folder")
     if not target.is_dir() or not (held := {path.name for path in target.iterdir()}):
         return
     try:
-        ours = OURS in json.loads((target / CONFIG).read_text(encoding="utf-8"))
+        ours = layout.mark in json.loads((target / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
-    if not ours or held - {CONFIG, WEIGHTS}:
+    if not ours or held - {CONFIG, layout.weights}:
         raise UserError(f"{target} is not empty and not (only) an export of jaxvram; give a new folder")
 
 

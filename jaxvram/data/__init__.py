@@ -1,6 +1,6 @@
 """Where batches come from. A source is a pure function of (seed, split, n): nothing to save, nothing to resume.
 
-A source has `vocab_size`, `tokenizer`, `sequence_length` (T), `description` (one line) and
+A source of text has `vocab_size`, `tokenizer`, `sequence_length` (T), `example_size` (numbers), `description` (one line) and
 `batch(split, n, batch_size, rows=slice(None)) -> {"tokens": int32 (B, T), "targets": int32 (B, T)}`, where a target of
 -1 is not learnt, and only `rows` of the batch are made. Problems also have
 `problems(split, limit) -> (prompts (N, P), answers (N, A))`.

@@ -7,7 +7,7 @@ import grain
 
 THREADS = 2
 AHEAD = 2  # groups of batches kept ready
-GROUP_TOKENS = 1 << 17  # a step too short for a hand-over between threads (0.1 to 0.2 ms) gets several batches in one
+GROUP_NUMBERS = 1 << 17  # a step too short for a hand-over between threads (0.1 to 0.2 ms) gets several batches in one
 
 
 def batches(
@@ -18,7 +18,7 @@ def batches(
     The numpy work runs beside the loop; in the loop's own thread a batch costs a few microseconds.
     """
     made = range(batch_size)[rows]
-    group = max(1, min(16, GROUP_TOKENS // max(1, len(made) * source.sequence_length)))
+    group = max(1, min(16, GROUP_NUMBERS // max(1, len(made) * source.example_size)))
 
     def make(first: int):
         return [(n, source.batch(split, n, batch_size, rows)) for n in range(first, first + group)]

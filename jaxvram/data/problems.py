@@ -28,6 +28,7 @@ class SortProblems:
         self.length, self.digits, self.seed = length, digits, seed
         self.tokenizer = CharTokenizer("0123456789"[:digits], "digits")
         self.vocab_size, self.sequence_length = digits, 2 * length - 1
+        self.example_size = self.sequence_length
         self.description = f"sorting {length} digits of 0..{digits - 1}, one question in four held out"
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -72,6 +73,7 @@ class AdderProblems:
         self.ndigit, self.order, self.seed = ndigit, order, seed
         self.tokenizer = CharTokenizer("0123456789", "digits")
         self.vocab_size, self.sequence_length = 10, 3 * ndigit
+        self.example_size = self.sequence_length
         count = 100**ndigit
         permutation = torch_randperm(count, 1337)
         held_out = min(count // 5, 500)

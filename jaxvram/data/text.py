@@ -31,7 +31,8 @@ class TokenSource:
 
     def __init__(self, train: list, val: list, tokenizer, block_size: int, seed: int, order: str, what: str):
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.sequence_length, self.seed, self.order = block_size, seed, order
+        self.sequence_length = self.example_size = block_size
+        self.seed, self.order = seed, order
         self._windows, self._ends = {}, {}
         for split, arrays in zip(SPLITS, (train, val), strict=True):
             stride = 1 if order == "random" else block_size

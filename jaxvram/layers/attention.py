@@ -29,7 +29,7 @@ class KVCache(flax.struct.PyTreeNode):
         return KVCache(k, v, self.length + k_BxTxHxK.shape[1])
 
 
-class CausalSelfAttention(nn.Module):
+class SelfAttention(nn.Module):
     """One matrix for q, k and v, one for the result; dropout on probabilities and on the result, as in GPT-2."""
 
     n_head: int
@@ -37,6 +37,7 @@ class CausalSelfAttention(nn.Module):
     kernel_init: nn.initializers.Initializer
     proj_init: nn.initializers.Initializer
     dropout: float = 0.0
+    causal: bool = True
     kernels: str = "auto"  # implementation of kernels/attention.py
 
     @nn.compact
@@ -50,7 +51,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.k_BxSxHxK, cache.v_BxSxHxK
         key = None if deterministic or self.dropout == 0 else self.make_rng("dropout")
         y_BxTxHxK = attention(
-            q, k, v, offset=offset, dropout_rate=self.dropout, dropout_key=key, implementation=self.kernels
-        )
+            q, k, v, causal=self.causal, offset=offset, dropout_rate=self.dropout, dropout_key=key,
+            implementation=self.kernels,
+        )  # fmt: skip
         y_BxTxD = self.dense(D, kernel_init=self.proj_init, name="c_proj")(y_BxTxHxK.reshape(B, T, D))
         return nn.Dropout(self.dropout)(y_BxTxD, deterministic=deterministic), cache

@@ -23,9 +23,21 @@ class LayerNorm(nn.Module):
         return layer_norm(x_BxTxD, scale_D, bias_D, self.epsilon, self.dtype)
 
 
+class ModulatedLayerNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + eps) * (1 + scale) + shift, each sample with its own (Peebles & Xie 2023, 3.2, adaLN)."""
+
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x_BxTxD, shift_BxD, scale_BxD):
+        one_more_BxD = 1 + scale_BxD.astype(jnp.float32)
+        return layer_norm(x_BxTxD, one_more_BxD[:, None], shift_BxD[:, None], self.epsilon, self.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(x_BxTxD, scale_D, bias_D, epsilon, dtype):
-    """The function of the module above; bias_D may be None.
+    """The function of the modules above; scale and bias broadcast against x, bias may be None.
 
     The variance is the mean of squared deviations, as in PyTorch: E[x^2] - E[x]^2 loses digits in fp32. Backward keeps x
     as it came and two fp32 numbers a token; JAX's own would keep x - mean in fp32, and takes a tenth longer on a CPU.
@@ -52,10 +64,16 @@ def _backward(epsilon, dtype, residuals, g_BxTxD):
     h_BxTxD = g_BxTxD * scale_D
     along_n_BxTx1 = (h_BxTxD * n_BxTxD).mean(-1, keepdims=True)
     dx_BxTxD = rstd_BxTx1 * (h_BxTxD - h_BxTxD.mean(-1, keepdims=True) - n_BxTxD * along_n_BxTx1)
-    over_tokens = tuple(range(g_BxTxD.ndim - 1))
-    dscale_D = (g_BxTxD * n_BxTxD).sum(over_tokens).astype(scale_D.dtype)
-    dbias_D = None if bias_D is None else g_BxTxD.sum(over_tokens).astype(bias_D.dtype)
+    dscale_D = _sum_to(g_BxTxD * n_BxTxD, scale_D)
+    dbias_D = None if bias_D is None else _sum_to(g_BxTxD, bias_D)
     return dx_BxTxD.astype(x_BxTxD.dtype), dscale_D, dbias_D
+
+
+def _sum_to(g, of):
+    """g added up over the axes along which `of` was repeated."""
+    shape = (1,) * (g.ndim - of.ndim) + of.shape
+    repeated = tuple(i for i, (n, m) in enumerate(zip(shape, g.shape, strict=True)) if n == 1 and m > 1)
+    return g.sum(repeated, keepdims=True).reshape(of.shape).astype(of.dtype)
 
 
 layer_norm.defvjp(_forward, _backward)

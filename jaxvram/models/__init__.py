@@ -1,5 +1,16 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
 
-MODELS = {"gpt2": (GPT2, GPT2Config)}
+MODELS = {"gpt2": (GPT2, GPT2Config), "dit": (DiT, DiTConfig)}
+
+
+def name_of(cfg) -> str:
+    """The name of the model that a configuration is of."""
+    return next(name for name, (_, config_type) in MODELS.items() if isinstance(cfg, config_type))
+
+
+def build(cfg):
+    """The module of a configuration."""
+    return MODELS[name_of(cfg)][0](cfg)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError, nearest
 from jaxvram.kernels.backend import IMPLEMENTATIONS
-from jaxvram.layers.attention import CausalSelfAttention, KVCache
+from jaxvram.layers.attention import KVCache, SelfAttention
 from jaxvram.layers.embeddings import Embed
 from jaxvram.layers.linear import Linear
 from jaxvram.layers.mlp import ACTIVATIONS, MLP
@@ -73,7 +73,7 @@ class Block(nn.Module):
         normal = nn.initializers.normal(0.02)
         inits = {"kernel_init": normal, "proj_init": nn.initializers.normal(0.02 / (2 * cfg.n_layer) ** 0.5)}
         norm = functools.partial(LayerNorm, use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        attn = CausalSelfAttention(cfg.n_head, _dense(cfg), **inits, dropout=cfg.dropout, kernels=cfg.kernels, name="attn")
+        attn = SelfAttention(cfg.n_head, _dense(cfg), **inits, dropout=cfg.dropout, kernels=cfg.kernels, name="attn")
         mlp = MLP(4 * cfg.n_embd, cfg.activation, _dense(cfg), **inits, dropout=cfg.dropout, name="mlp")
         y_BxTxD, cache = attn(norm(name="ln_1")(x_BxTxD), cache, deterministic)
         x_BxTxD += y_BxTxD

@@ -1,14 +1,21 @@
 """Language modelling: the next token, as loss, as batch layout, as samples to show and as exact answers."""
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvram import data, models
 from jaxvram.errors import UserError
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxvram.sample.text import SampleConfig, generate
+from jaxvram.tasks.samples import Samples
+
+UNKNOWN_VOCABULARY = 256  # characters; more than any text in one European language has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,24 @@ class LanguageTask:
     """
 
     unit = "tokens"
+    SECTIONS: ClassVar = {"task": LanguageConfig, "data": data.DataConfig, "sample": SampleConfig}
+
+    @classmethod
+    def of_recipe(cls, recipe, with_data: bool = True, say: Callable[[str], None] = lambda _: None) -> "LanguageTask":
+        """The task of a recipe. Without data, for a plan: nothing is downloaded, and an unknown vocabulary is assumed."""
+        cfg = recipe.model
+        source = None
+        if with_data:
+            source = data.load(recipe.data, cfg.block_size, recipe.train.seed)
+        elif cfg.vocab_size == 0:
+            try:
+                at_hand = dataclasses.replace(recipe.data, download=False, allow_offline=False)
+                source = data.load(at_hand, cfg.block_size, recipe.train.seed)
+            except UserError:
+                say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
+        if cfg.vocab_size == 0:
+            cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
+        return cls(models.build(cfg), source, recipe.task, recipe.sample)
 
     def __init__(self, model, source, cfg: LanguageConfig, sample: SampleConfig):
         self.model, self.source, self.cfg, self.sample = model, source, cfg, sample
@@ -62,9 +87,13 @@ class LanguageTask:
         )
         return loss_BxT.sum(), (batch["targets"] >= 0).sum().astype(jnp.float32), {}
 
+    def evaluation(self, params, batch, key):
+        """The loss alone; nothing is drawn."""
+        return {"loss": self.loss(params, batch)[:2]}
+
     def check_samples(self) -> None:
         """Raises the UserError that `show` would meet only after the first hundreds of steps."""
-        if not hasattr(self.source, "problems"):
+        if not self._has_problems:
             self._prompt_ids(self.sample.prompt)
 
     def _prompt_ids(self, prompt: str) -> np.ndarray:
@@ -92,10 +121,22 @@ class LanguageTask:
         )  # fmt: skip
         return [prompt + tokenizer.decode(row) for row in np.asarray(tokens_BxN)]
 
-    def show(self, params) -> list[str]:
+    def show(self, params) -> Samples:
         """What a reader sees during training: continuations, or problems with the model's answers."""
-        if not hasattr(self.source, "problems"):
-            return self.continue_prompt(params)
+        return Samples.of_texts(self._answered(params) if self._has_problems else self.continue_prompt(params))
+
+    def show_on_request(self, params) -> Samples:
+        """Continuations of the prompt that the recipe or a file gives; without one, as during training."""
+        prompt = _prompt_of(self.sample)
+        if prompt is None and self._has_problems:
+            return self.show(params)
+        return Samples.of_texts(self.continue_prompt(params, prompt))
+
+    @property
+    def _has_problems(self) -> bool:
+        return hasattr(self.source, "problems")
+
+    def _answered(self, params) -> list[str]:
         prompts, answers, said = self._answers(params, self.sample.num_samples)
         text = self.source.tokenizer.decode
         verdict = lambda want, got: "right" if (want == got).all() else f"wrong, it is {text(want)}"
@@ -103,7 +144,7 @@ class LanguageTask:
 
     def scores(self, params) -> dict[str, float]:
         """Share of held-out problems answered without a mistake; empty for plain text."""
-        if not hasattr(self.source, "problems") or self.cfg.score_problems == 0:
+        if not self._has_problems or self.cfg.score_problems == 0:
             return {}
         _, answers_NxA, said_NxA = self._answers(params, self.cfg.score_problems)
         return {"exact_match": float((answers_NxA == said_NxA).all(-1).mean())}
@@ -115,3 +156,32 @@ class LanguageTask:
             vocab_size=self.source.vocab_size, temperature=0,
         )  # fmt: skip
         return prompts_NxP, answers_NxA, np.asarray(said_NxA)
+
+    def sampling(self, params):
+        """(function, arguments): continuations as config.sample asks, or as many answers as an evaluation scores."""
+        cfg, vocab_size = self.sample, self.source.vocab_size if self.source else self.model.cfg.vocab_size
+        options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+        if self._has_problems:
+            prompts_NxP, answers_NxA = self.source.problems("val", max(self.cfg.score_problems, cfg.num_samples))
+            shape, new_tokens, options = prompts_NxP.shape, answers_NxA.shape[1], {"temperature": 0}
+        else:  # no vocabulary here makes more tokens than there are characters, and only the end of a long prompt is read
+            length = self.model.cfg.block_size if cfg.prompt_file else min(len(cfg.prompt), self.model.cfg.block_size)
+            shape, new_tokens = (cfg.num_samples, max(length, 1)), cfg.max_new_tokens
+
+        def sample(params, prompt, key):
+            return generate(self.model, params, prompt, key, new_tokens=new_tokens, vocab_size=vocab_size, **options)
+
+        return sample, (params, jax.ShapeDtypeStruct(shape, jnp.int32), jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _prompt_of(cfg: SampleConfig) -> str | None:
+    """What was asked for, in the recipe or in a file; None: nothing in particular."""
+    if not cfg.prompt_file:
+        return cfg.prompt if cfg.prompt != SampleConfig.prompt else None
+    path = pathlib.Path(cfg.prompt_file)
+    if not path.is_file():
+        raise UserError(f"sample.prompt_file={path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"sample.prompt_file={path} is not UTF-8 text") from error

@@ -7,6 +7,8 @@ import jax
 from jaxvram.errors import UserError
 from jaxvram.train.sharding import local_rows, to_devices
 
+KEY = 0x6A617876  # of whatever an evaluation draws (noise, timesteps): the same for every seed, as its batches are
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -21,19 +23,20 @@ class EvalConfig:
 
 
 class Evaluator:
-    """`evaluator(params, split)` -> mean loss over the fixed batches. Compiled once."""
+    """`evaluator(params, split)` -> {name: mean} over the fixed batches, "loss" among the names. Compiled once."""
 
     def __init__(self, task, cfg: EvalConfig, batch_size: int, mesh):
         self.task, self.cfg, self.mesh = task, cfg, mesh
         self.batch_size = cfg.batch_size or batch_size
         self.rows = local_rows(self.batch_size, mesh, "eval.batch_size (0: that of a microbatch)")
-        self.loss = jax.jit(lambda params, batch: task.loss(params, batch)[:2])
+        key_of = lambda n: jax.random.fold_in(jax.random.key(KEY), n)
+        self.sums = jax.jit(lambda params, batch, n: task.evaluation(params, batch, key_of(n)))
 
-    def __call__(self, params, split: str) -> float:
+    def __call__(self, params, split: str) -> dict[str, float]:
         sums = []
         for n in range(self.cfg.batches):
             batch = self.task.source.batch(split, n, self.batch_size, self.rows)
-            sums.append(self.loss(params, to_devices(batch, self.batch_size, self.mesh)))
-        loss_sum = sum(float(loss) for loss, _ in sums)
-        weight = sum(float(weight) for _, weight in sums)
-        return loss_sum / max(weight, 1e-9)
+            sums.append(self.sums(params, to_devices(batch, self.batch_size, self.mesh), n))
+        sums = jax.device_get(sums)
+        total = lambda name, i: sum(float(of_batch[name][i]) for of_batch in sums)
+        return {name: total(name, 0) / max(total(name, 1), 1e-9) for name in sums[0]}

@@ -17,7 +17,7 @@ from jaxvram.train import report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.interrupt import Interrupt
-from jaxvram.train.metrics import MetricsLog, write_atomic
+from jaxvram.train.metrics import MetricsLog, write_atomic, write_samples
 from jaxvram.train.program import make_program
 from jaxvram.train.progress import Progress
 from jaxvram.train.sharding import local_rows, make_mesh, to_devices
@@ -204,10 +204,10 @@ class Loop:
         """Losses, scores and samples of the evaluated weights; True if the validation loss is the best so far."""
         params = state.eval_params
         if self.recipe.eval.train_split:
-            self.log.write(step, {"loss": self.evaluator(params, "train")}, split="train")
-        loss = self.evaluator(params, "val")
-        self.last_evaluation = {"step": step, "loss": loss, **self.task.scores(params)}
-        values = {name: value for name, value in self.last_evaluation.items() if name != "step"}
+            self.log.write(step, self.evaluator(params, "train"), split="train")
+        values = self.evaluator(params, "val") | self.task.scores(params)
+        loss = values["loss"]
+        self.last_evaluation = {"step": step, **values}
         self.log.write(step, values, split="val")
         improved = loss < self.best_loss
         self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
@@ -215,11 +215,8 @@ class Loop:
             self.best_loss, self.best_step = loss, step
         samples = self.task.show(params)
         if self.writes:
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            text = f"\n{'-' * 80}\n".join(samples)
-            write_atomic(folder / f"step_{step:06d}.txt", text + "\n")
-        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            write_samples(self.workdir, f"step_{step:06d}", samples.files)
+        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if not name.startswith("loss_"))
         self.progress.note(f"step {step}: validation {words}{' (best so far)' if improved else ''}")
         return improved
 

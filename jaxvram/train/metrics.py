@@ -125,6 +125,15 @@ def read(workdir: str | os.PathLike) -> list[dict]:
     return parsed
 
 
+def write_samples(workdir: str | os.PathLike, stem: str, files: Mapping[str, bytes]) -> list[Path]:
+    """`files` (content by suffix) as samples/STEM.* in a run folder; their paths."""
+    folder = Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, content in files.items():
+        write_atomic(folder / f"{stem}{suffix}", content)
+    return [folder / f"{stem}{suffix}" for suffix in files]
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replace `path` by `content` so that a reader, or the next start after a kill, finds the old file or the new one.
 

@@ -29,7 +29,7 @@ LINEAR_DECAY = {  # minGPT: the weights of linear layers alone
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = "adamw"  # adamw | lion | adafactor (factored second moments, none of the first)
+    name: str = "adamw"  # adamw | lion | adafactor (factored second moments) | adafactor_momentum (and a first moment)
     learning_rate: float = 6e-4  # peak
     schedule: str = "cosine"  # cosine | linear | constant | wsd (constant, then 1 - sqrt over the last part)
     warmup_steps: int = 0  # from learning_rate / (warmup_steps + 1), linearly
@@ -45,7 +45,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for field, valid in (
-            ("name", ("adamw", "lion", "adafactor")),
+            ("name", ("adamw", "lion", "adafactor", "adafactor_momentum")),
             ("schedule", ("cosine", "linear", "constant", "wsd")),
             ("mu_dtype", ("float32", "bfloat16")),
         ):
@@ -93,7 +93,11 @@ def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
     groups = cfg.groups
 
     def decay_and_multiply(updates, params):
-        of_leaf = lambda g, u, p: groups[g].lr_multiplier * (u + groups[g].weight_decay * p)
+        def of_leaf(g, u, p):
+            # Not `0 * p`: XLA merges that zero with those in which gradients begin, and then holds them to the end.
+            u = u + groups[g].weight_decay * p if groups[g].weight_decay else u
+            return u if groups[g].lr_multiplier == 1 else groups[g].lr_multiplier * u
+
         return jax.tree.map(of_leaf, label_of, updates, params)
 
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm > 0 else []
@@ -111,8 +115,11 @@ def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype)
     if cfg.name == "lion":
         return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.mu_dtype)
-    # adafactor: Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate and no first moment
-    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    # Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate; with a first moment as in Zhai et al. 2021, 2106.04560
+    adafactor = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    if cfg.name == "adafactor_momentum":
+        adafactor.append(optax.ema(cfg.b1, accumulator_dtype=cfg.mu_dtype))
+    return optax.chain(*adafactor)
 
 
 def group_labels(groups: Mapping[str, ParamGroup], params):

@@ -11,10 +11,8 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jaxvram.errors import UserError
-from jaxvram.sample.text import generate
 from jaxvram.train.program import make_functions
 from jaxvram.vram import cards, figures
 from jaxvram.vram.bill import make_bill
@@ -51,32 +49,15 @@ def programs(recipe, task) -> dict[str, Program]:
 
     Args:
       recipe: a Recipe; its optimizer, train and sample sections are read.
-      task: a task that knows its vocabulary; needs no data.
+      task: a task of known shapes; needs no data.
     """
     functions = make_functions(recipe, task)
     batch = task.batch_spec(recipe.train.batch_size)
     return {
         "init": Program(lambda: functions.init()),  # without parameters to start from
         "train": Program(functions.step, (functions.state, batch), (0,)),
-        "sample": _sampling(task, recipe.sample, functions.state.eval_params),
+        "sample": Program(*task.sampling(functions.state.eval_params)),
     }
-
-
-def _sampling(task, cfg, params) -> Program:
-    """Continuations as config.sample asks for them, or as many answers at once as an evaluation scores."""
-    vocab_size = task.source.vocab_size if task.source else task.model.cfg.vocab_size
-    options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
-    if hasattr(task.source, "problems"):
-        prompts_NxP, answers_NxA = task.source.problems("val", max(task.cfg.score_problems, cfg.num_samples))
-        shape, new_tokens, options = prompts_NxP.shape, answers_NxA.shape[1], {"temperature": 0}
-    else:  # no vocabulary here makes more tokens than there are characters, and only the end of a long prompt is read
-        length = task.model.cfg.block_size if cfg.prompt_file else min(len(cfg.prompt), task.model.cfg.block_size)
-        shape, new_tokens = (cfg.num_samples, max(length, 1)), cfg.max_new_tokens
-
-    def sample(params, prompt, key):
-        return generate(task.model, params, prompt, key, new_tokens=new_tokens, vocab_size=vocab_size, **options)
-
-    return Program(sample, (params, jax.ShapeDtypeStruct(shape, jnp.int32), jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def make_plan(programs: dict[str, Program], card: Card, progress: Callable[[str], None] = lambda _: None) -> dict:

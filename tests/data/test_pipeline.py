@@ -19,7 +19,7 @@ def test_batches_come_in_order_from_any_step_and_are_the_sources():
 
 def test_an_error_in_a_worker_thread_arrives_as_it_is():
     class Source:
-        sequence_length = 4
+        example_size = 4
 
         def batch(self, split, n, batch_size, rows):
             if n == 20:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxvram import recipe as recipes
 from jaxvram.modes import make_task
+from jaxvram.tasks.samples import Samples
 from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints
 from jaxvram.train.loop import Loop
@@ -32,7 +33,7 @@ def tiny_recipe(mesh):
 def make_loop(folder, mesh):
     recipe = tiny_recipe(mesh)
     task = make_task(recipe)
-    task.scores, task.show = lambda params: {}, lambda params: []
+    task.scores, task.show = lambda params: {}, lambda params: Samples.of_texts([])
     return Loop(recipe, task, folder, io.StringIO())
 
 

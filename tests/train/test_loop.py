@@ -22,7 +22,7 @@ from jaxvram.train.sharding import make_mesh
 
 def plateau(loop, losses):
     given = iter(losses)
-    loop.evaluator = lambda params, split: next(given)
+    loop.evaluator = lambda params, split: {"loss": next(given)}
     return loop
 
 
@@ -165,9 +165,10 @@ def test_the_evaluated_weights_are_the_average(tiny_recipe, tmp_path, no_report)
     recipe = tiny_recipe(train={"steps": 10, "ema_decay": 0.9})
     loop = Loop(recipe, ToyTask(), tmp_path, io.StringIO())
     last = loop.run()
-    assert loop.evaluator(loop.final_params, "val") == last["loss"]
+    assert loop.evaluator(loop.final_params, "val")["loss"] == last["loss"]
     state, _ = Checkpoints(tmp_path).restore("latest", loop.program.target)
-    assert loop.evaluator(state.params, "val") != last["loss"] == loop.evaluator(state.ema, "val")
+    of = lambda params: loop.evaluator(params, "val")["loss"]
+    assert of(state.params) != last["loss"] == of(state.ema)
 
 
 def test_evaluation_is_the_mean_over_targets_of_fixed_batches(tiny_recipe, make_task):
@@ -176,8 +177,9 @@ def test_evaluation_is_the_mean_over_targets_of_fixed_batches(tiny_recipe, make_
     params = task.init(jax.random.key(0))
     evaluator = Evaluator(task, EvalConfig(batches=3, batch_size=4), 8, make_mesh(recipe.mesh))
     sums = [task.loss(params, task.source.batch("val", n, 4)) for n in range(3)]
-    np.testing.assert_allclose(evaluator(params, "val"), sum(s[0] for s in sums) / sum(s[1] for s in sums), rtol=1e-6)
-    assert evaluator.loss._cache_size() == 1
+    mean = sum(s[0] for s in sums) / sum(s[1] for s in sums)
+    np.testing.assert_allclose(evaluator(params, "val")["loss"], mean, rtol=1e-6)
+    assert evaluator.sums._cache_size() == 1
 
 
 @pytest.mark.parametrize("wrong", [{"batches": 0}, {"every": -1}, {"batch_size": -1}])

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvram.tasks.samples import Samples
+
 VOCABULARY, LENGTH = 5, 3
 
 
 class ToySource:
     """Batch n: random pairs of tokens, and a factor of the loss which is `poison[n]` where that is given."""
 
-    vocab_size, sequence_length, description = VOCABULARY, LENGTH, "toy"
+    vocab_size, example_size, description = VOCABULARY, LENGTH, "toy"
 
     def __init__(self, poison=None, seed=0):
         self.poison, self.seed, self.asked = poison or {}, seed, []
@@ -48,8 +50,11 @@ class ToyTask:
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
         return (loss * batch["factor"][:, None]).sum(), jnp.float32(loss.size), {}
 
+    def evaluation(self, params, batch, key):
+        return {"loss": self.loss(params, batch)[:2]}
+
     def show(self, params):
-        return ["a sample"]
+        return Samples.of_texts(["a sample"])
 
     def scores(self, params):
         return {}

@@ -1,0 +1,47 @@
+"""What a denoiser is told beside the image: how noisy it is, and of which class."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxvram.layers.embeddings import Embed
+from jaxvram.layers.linear import Linear
+
+FREQUENCIES = 256  # numbers that stand for a timestep, whatever the model's width
+
+
+def timestep_features(t_B, features: int = FREQUENCIES):
+    """[cos, sin] of t 10000^(-k / (features / 2)), (B, features) in fp32; t need not be whole."""
+    half = features // 2
+    omega_F = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
+    angle_BxF = t_B.astype(jnp.float32)[:, None] * omega_F
+    return jnp.concatenate([jnp.cos(angle_BxF), jnp.sin(angle_BxF)], axis=-1)
+
+
+class TimestepEmbed(nn.Module):
+    """Linear - SiLU - Linear of the features above; weights N(0, 0.02)."""
+
+    width: int  # D
+    dtype: jnp.dtype = jnp.bfloat16
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t_B):
+        dense = lambda name: Linear(
+            self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02), name=name
+        )
+        return dense("fc2")(jax.nn.silu(dense("fc1")(timestep_features(t_B).astype(self.dtype))))
+
+
+class LabelEmbed(nn.Module):
+    """A row a class, N(0, 0.02), and one more, the last, for "no class": what guidance is measured from."""
+
+    num_classes: int
+    width: int  # D
+    dtype: jnp.dtype = jnp.bfloat16
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, labels_B):
+        init = nn.initializers.normal(0.02)
+        return Embed(self.num_classes + 1, self.width, init, self.dtype, self.param_dtype, name="table")(labels_B)
