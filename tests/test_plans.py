@@ -76,6 +76,27 @@ def test_the_kernels_keep_what_they_promise(promise):
     assert not any(dims[-2:] == (T, T) for dims in shapes), "there are scores of all by all"
 
 
+# DiT, bf16 compute, fp32 weights and their average on the card. (variant, batch at once, GiB at the most)
+DENOISERS = {"b2 at 64": ("b2", 64, 3.4), "l2 at 32": ("l2", 32, 9.4), "xl2 at 16": ("xl2", 16, 9.4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", DENOISERS)
+def test_denoisers_fit(which):
+    variant, batch, limit = DENOISERS[which]
+    built = recipe.build(*recipe.load(f"{CONFIGS[0].parent / 'dit.py'}:{variant}"))
+    built = dataclasses.replace(built, train=dataclasses.replace(built.train, batch_size=batch, microbatch_size=0))
+    assert built.train.ema_decay > 0 and built.model.param_dtype == "float32"
+    train = planner.programs(built, modes.make_task(built, with_data=False))["train"]
+    card = cards.find("rtx4070")
+    compiled = compile_for(card, train.fn, train.args, train.donate_argnums, kernels=True)
+    assert compiled.peak_bytes <= min(limit * 2**30, card.usable_bytes)
+    assert compiled.kernels and all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
+    T = built.model.tokens
+    shapes = {dims for i in compiled.module.instructions.values() for dims in dims_of(i.shape)}
+    assert not any(dims[-2:] == (T, T) for dims in shapes), "there are scores of all by all"
+
+
 def dims_of(shape):
     """Dimensions of an array, or of each in a tuple."""
     return [dims for part in shape.parts for dims in dims_of(part)] if shape.parts else [shape.dims]

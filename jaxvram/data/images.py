@@ -38,6 +38,12 @@ READ_BY = {  # which fields, besides the name, each set reads
     "latents": ("path", "flip", "val_fraction", "autoencoder"),
 }
 
+PATH_OF = {
+    "folder": "a folder of images, in a folder for each class",
+    "npz": "a file with images and labels",
+    "latents": "what --mode=prepare --input=IMAGES --out=LATENTS --autoencoder=NAME wrote (digits and shapes need no files)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig:
@@ -90,7 +96,7 @@ def _check(cfg: ImageDataConfig):
         raise UserError(f"data.image_size={cfg.image_size} is too small: take 8 pixels a side or more")
     if "path" in reads:
         if not cfg.path:
-            raise UserError(f"data.name={cfg.name} needs data.path")
+            raise UserError(f"data.name={cfg.name} needs data.path: {PATH_OF[cfg.name]}")
         path = Path(cfg.path).expanduser()
         if not path.exists():
             hint = nearest(path.name, os.listdir(path.parent)[:20]) if path.parent.is_dir() else ""

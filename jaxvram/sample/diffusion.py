@@ -90,13 +90,19 @@ def check(noise: Noise, cfg: DiffusionSampleConfig) -> None:
         raise UserError(
             f"sample.sampler={cfg.sampler} is not for task.schedule={noise.schedule}; valid: {', '.join(valid)}"
         )
-    if not noise.is_flow and cfg.steps > noise.T - (cfg.sampler == "dpm++"):
-        raise UserError(f"sample.steps={cfg.steps} exceeds the {noise.T} timesteps that the model was trained on")
+    most = noise.T - (cfg.sampler == "dpm++")
+    if not noise.is_flow and cfg.steps > most:
+        raise UserError(
+            f"sample.steps={cfg.steps} is too many: {cfg.sampler} takes at most {most} with the {noise.T} timesteps that "
+            "the model was trained on"
+        )
 
 
 def timesteps(T: int, steps: int) -> np.ndarray:
     """`steps` whole timesteps from T - 1 down to 0, evenly spread; a single one is the last."""
-    return np.linspace(T - 1, 0, steps).round().astype(np.int64)
+    if steps == 1:
+        return np.array([T - 1])
+    return np.linspace(0, T - 1, steps).round().astype(np.int64)[::-1]  # upwards, where halves round as diffusers' do
 
 
 def step_table(noise: Noise, sampler: str, steps: int) -> dict:
@@ -122,9 +128,14 @@ def step_table(noise: Noise, sampler: str, steps: int) -> dict:
 
 
 def inverse_table(noise: Noise, steps: int) -> dict:
-    """DDIM's steps the other way. At each the network is told the timestep that it goes to, as on the way down."""
+    """DDIM's steps the other way. At each the network is told the timestep that it goes to, as on the way down.
+
+    From x_0 alone nobody can tell the noise of an image without any: then the image is taken for that of timestep 0.
+    """
     t_N = timesteps(noise.T, steps)[::-1]
-    alpha_bar_N = np.append(1.0, noise.alpha_bar_T[t_N])
+    alpha_bar_N = noise.alpha_bar_T[np.append(0, t_N)]
+    if noise.prediction != "x0":
+        alpha_bar_N[0] = 1
     table = {"t": t_N, "alpha": alpha_bar_N[:-1] ** 0.5, "sigma": (1 - alpha_bar_N[:-1]) ** 0.5}
     table |= {"alpha_next": alpha_bar_N[1:] ** 0.5, "sigma_next": (1 - alpha_bar_N[1:]) ** 0.5}
     return {name: jnp.asarray(values, jnp.float32) for name, values in table.items()}
@@ -169,7 +180,9 @@ def _ddim(ask, carry, s, key, eta: float):
     x, _ = carry
     x0, eps, _ = ask(x, s)
     std = eta * jnp.exp(0.5 * s["log_small"]) * (1 - s["last"])
-    towards = jnp.sqrt(jnp.maximum(jnp.square(s["sigma_next"]) - jnp.square(std), 0))
+    # sigma_next^2 - std^2 = sigma_next^2 (1 - eta^2 (1 - share)); in fp32 the difference itself would lose all digits
+    share = s["of_x"] * s["alpha"] / s["alpha_next"]
+    towards = s["sigma_next"] * jnp.sqrt(jnp.maximum(1 - eta**2 + eta**2 * share, 0))
     noise = std * jax.random.normal(key, x.shape) if eta > 0 else 0
     return s["alpha_next"] * x0 + towards * eps + noise, x0
 

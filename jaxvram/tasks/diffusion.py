@@ -129,7 +129,8 @@ class DiffusionTask:
         drops_B = jax.random.bernoulli(drop_key, self.cfg.label_dropout, labels_B.shape)
         labels_B = jnp.where(drops_B, self.model.cfg.num_classes, labels_B)
         t_B = self._timesteps(jax.random.uniform(t_key, labels_B.shape), spread=True)
-        parts = self._losses(params, batch["images"], labels_B, t_B, noise_key)
+        eps_BxHxWxC = jax.random.normal(noise_key, batch["images"].shape)
+        parts = self.losses(params, batch["images"], labels_B, t_B, eps_BxHxWxC)
         total_B = sum(parts.values())
         sums = {name: part_B.sum() for name, part_B in parts.items()} if len(parts) > 1 else {}
         return total_B.sum(), jnp.float32(total_B.size), sums
@@ -142,7 +143,8 @@ class DiffusionTask:
         B = batch["labels"].shape[0]
         within_key, noise_key = jax.random.split(key)
         u_B = (jnp.arange(B) + jax.random.uniform(within_key, (B,))) / B
-        parts = self._losses(params, batch["images"], batch["labels"], self._timesteps(u_B, spread=False), noise_key)
+        eps_BxHxWxC = jax.random.normal(noise_key, batch["images"].shape)
+        parts = self.losses(params, batch["images"], batch["labels"], self._timesteps(u_B, spread=False), eps_BxHxWxC)
         total_B = sum(parts.values())
         found = {"loss": (total_B.sum(), jnp.float32(B))}
         found |= {name: (part_B.sum(), jnp.float32(B)) for name, part_B in parts.items() if len(parts) > 1}
@@ -161,9 +163,8 @@ class DiffusionTask:
             return u_B * self.cfg.timesteps
         return jnp.minimum((u_B * self.cfg.timesteps).astype(jnp.int32), self.cfg.timesteps - 1)
 
-    def _losses(self, params, x0_BxHxWxC, labels_B, t_B, key) -> dict:
+    def losses(self, params, x0_BxHxWxC, labels_B, t_B, eps_BxHxWxC) -> dict:
         """{part: (B,)}: mse of the prediction, weighted; with learn_sigma the variational bound in bits as well."""
-        eps_BxHxWxC = jax.random.normal(key, x0_BxHxWxC.shape)
         x_t = self.noise.add(x0_BxHxWxC, eps_BxHxWxC, t_B)
         said, fraction = self._predict(params, x_t, t_B, labels_B)
         mse_B = jnp.square(said - self.noise.target(x0_BxHxWxC, eps_BxHxWxC, t_B)).mean((1, 2, 3))

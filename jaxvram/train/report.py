@@ -25,6 +25,7 @@ from jaxvram.train.report_plan import memory_section
 
 SAMPLES = 24  # steps on show, the first and the last among them
 SAMPLE_CHARACTERS = 20_000  # of one file
+BUCKET = re.compile(r"loss_t(\d+)")  # loss of the timesteps from that one on
 RATE = "_per_second"  # tokens_per_second, images_per_second
 MOODS = {"finished": "good", "running": "info", "interrupted": "warn", "failed": "bad"}
 
@@ -251,6 +252,8 @@ def _curves(run: Run) -> str:
         if curve := Curve.of(run.lines, name):
             small.append(_small_chart(title or words(name), curve, run.skipped, "train", name in smooth))
     small += [_small_chart(words(name), curve, np.array([]), "val", False) for name, curve in _scores(run)]
+    if curve := _loss_by_timestep(run):
+        small.append(_small_chart("Validation loss by timestep", curve, np.array([]), "val", False))
     return "".join(charts) + (f'<div class="charts">{"".join(small)}</div>' if small else "")
 
 
@@ -272,7 +275,15 @@ def _chart(title: str, keys: dict[str, str], picture: str, note: str = "") -> st
 def _scores(run: Run) -> list[tuple[str, Curve]]:
     """What evaluations measure besides the loss (exact match, accuracy...)."""
     names = dict.fromkeys(name for line in run.evals for name in line if name not in ("step", "split", "loss"))
+    names = [name for name in names if not BUCKET.fullmatch(name)]
     return [(name, curve) for name in names if (curve := Curve.of(run.evals, name))]
+
+
+def _loss_by_timestep(run: Run) -> Curve | None:
+    """Of the last evaluation, where the task tells it."""
+    last = run.evals[-1] if run.evals else {}
+    found = sorted((int(match[1]), value) for name, value in last.items() if (match := BUCKET.fullmatch(name)))
+    return Curve(*np.array(found, np.float64).T) if found else None
 
 
 def _samples(run: Run) -> str:

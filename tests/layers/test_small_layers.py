@@ -11,7 +11,7 @@ import quick
 
 from jaxvram.layers.embeddings import Embed
 from jaxvram.layers.mlp import ACTIVATIONS
-from jaxvram.layers.norms import LayerNorm, layer_norm
+from jaxvram.layers.norms import LayerNorm, ModulatedLayerNorm, layer_norm
 
 
 def test_layer_norm():
@@ -58,13 +58,14 @@ def by_autodiff(x_BxTxD, scale_D, bias_D, epsilon):
     return n_BxTxD * scale_D + (0 if bias_D is None else bias_D)
 
 
+@pytest.mark.parametrize("of_each", ["all", "sample"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
-def test_layer_norms_own_gradient(dtype, tolerance, with_bias):
+def test_layer_norms_own_gradient(dtype, tolerance, with_bias, of_each):
     """Equals autodiff of the formula; an epsilon that matters; parameters' gradients in fp32 whatever the compute dtype."""
     random = np.random.RandomState(0)
     x_BxTxD, g_BxTxD = (jnp.asarray(random.normal(0.3, 1, (2, 5, 16)), dtype) for _ in range(2))
-    scale_D, bias_D = random.normal(1, 0.3, (2, 16)).astype(np.float32)
+    scale_D, bias_D = random.normal(1, 0.3, (2, 16) if of_each == "all" else (2, 2, 1, 16)).astype(np.float32)
     args = (x_BxTxD, scale_D, bias_D if with_bias else None)
 
     def gradients(f, out_dtype):
@@ -75,6 +76,17 @@ def test_layer_norms_own_gradient(dtype, tolerance, with_bias):
     want = gradients(lambda x, s, b: by_autodiff(x, s, b, 0.5), jnp.float32)
     assert [x.dtype for x in got if x is not None] == [dtype, jnp.float32, jnp.float32][: 2 + with_bias]
     assert max(jax.tree.leaves(jax.tree.map(quick.relative_error, got, want))) < tolerance
+
+
+def test_modulation_is_each_samples_own():
+    """Norm without weights, times 1 + scale, plus shift (adaLN)."""
+    random = np.random.RandomState(0)
+    x_BxTxD, (shift_BxD, scale_BxD) = random.normal(3, 2, (3, 5, 8)), random.normal(0, 1, (2, 3, 8))
+    n_BxTxD = (x_BxTxD - x_BxTxD.mean(-1, keepdims=True)) / np.sqrt(x_BxTxD.var(-1, keepdims=True) + 1e-6)
+    norm = ModulatedLayerNorm(dtype=jnp.float32)
+    assert norm.init(jax.random.key(0), *map(jnp.asarray, (x_BxTxD, shift_BxD, scale_BxD))) == {}
+    got = norm.apply({}, *(jnp.asarray(a, jnp.float32) for a in (x_BxTxD, shift_BxD, scale_BxD)))
+    assert quick.relative_error(got, n_BxTxD * (1 + scale_BxD[:, None]) + shift_BxD[:, None]) < 1e-6
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -253,6 +253,14 @@ def test_a_plan_that_does_not_fit_says_so(run):
     assert widths == pytest.approx([100 * 3 / 14] * 3, abs=0.01)  # 2 GiB too much and 1 in reserve, of 14
 
 
+def test_loss_by_timestep_is_one_curve_and_no_score(run):
+    buckets = {f"loss_t{t:03d}": 1.0 - t / 1000 for t in range(0, 1000, 100)}
+    with MetricsLog(run) as log:
+        log.write(125, {"loss": 1.5, "accuracy": 0.5} | buckets, split="val")
+    words = Page(write_report(run)).words
+    assert "Validation loss by timestep" in words and "Loss t900" not in words and "last 0.1" in words
+
+
 def test_many_samples_are_thinned_but_keep_both_ends(run):
     for step in range(1, 200):
         (run / "samples" / f"step_{step:06d}.txt").write_text(f"text of {step}!")
