@@ -75,7 +75,7 @@ def get_config(variant="auto"):
     if variant == "tiny":  # rectified flow
         c.model.learn_sigma = False
         c.task.update(schedule="flow", prediction="velocity", timestep_sampling="logit_normal")
-        c.train.update(steps=3000)
-        c.eval.update(every=1500, batches=5)
+        c.train.update(steps=2000)
+        c.eval.update(every=1000, batches=5)
         c.sample.update(sampler="heun", steps=20, clip=False)
     return c

@@ -25,6 +25,7 @@ SHAPE = (2, 4, 4, 3)
 RANDOM = np.random.RandomState(0)
 MATRIX_CxC, PLACE_CxC = RANDOM.normal(0, 0.5, (2, 3, 3))
 BIAS_C, SLOPE_C = RANDOM.normal(0, 0.5, (2, 3))
+KEY = jax.random.key(5)
 START = RANDOM.normal(0, 1, SHAPE).astype(np.float32)
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v", "x0")
@@ -71,19 +72,17 @@ def worst(found, wanted):
     return np.max([quick.relative_error(a, b) for a, b in zip(images, their_images, strict=True)])  # NaN is the largest
 
 
-def drawn(steps, key):
+@functools.cache
+def drawn(steps):
     """The noise of each step, channels first."""
     import torch
 
-    each = [jax.random.normal(k, SHAPE) for k in jax.random.split(key, steps)]
+    each = quick.jit(jax.vmap(lambda key: jax.random.normal(key, SHAPE)))(jax.random.split(KEY, steps))
     return [torch.tensor(np.asarray(x)).double().movedim(-1, 1) for x in each]
 
 
 def sampled(noise, learned=False, **options):
     return ours(lambda denoise, x: sample(denoise, noise, x, KEY, DiffusionSampleConfig(**options)), noise, learned)
-
-
-KEY = jax.random.key(5)
 
 
 def ddpm(monkeypatch, noise, steps, variance="small", clip=False):
@@ -93,7 +92,7 @@ def ddpm(monkeypatch, noise, steps, variance="small", clip=False):
     name = variance if learned else f"fixed_{variance}"
     their = scheduler("DDPM", noise, variance_type=name, clip_sample=clip, timestep_spacing="linspace")
     their.set_timesteps(steps)
-    noises = iter(drawn(steps, KEY))
+    noises = iter(drawn(steps))
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(noises))
     return worst(found, theirs(their, noise, lambda i, said, t, x: their.step(said, t, x).prev_sample, learned))
 
@@ -103,7 +102,7 @@ def ddim(noise, steps, eta=0.0, clip=False):
     their = scheduler("DDIM", noise, clip_sample=clip, timestep_spacing="linspace")
     their.set_timesteps(steps)
     their.num_inference_steps = steps - 1  # it goes from t to t - T // this, which should be the next timestep
-    noises = drawn(steps, KEY)
+    noises = drawn(steps)
     step = lambda i, said, t, x: their.step(
         said, t, x, eta, use_clipped_model_output=True, variance_noise=noises[i] if eta else None
     )
