@@ -23,7 +23,7 @@ class EvalConfig:
 
 
 class Evaluator:
-    """`evaluator(params, split)` -> {name: mean} over the fixed batches, "loss" among the names. Compiled once."""
+    """`evaluator(params, split)` -> {name: mean} over the fixed batches, "loss" and what else had weight. Compiled once."""
 
     def __init__(self, task, cfg: EvalConfig, batch_size: int, mesh):
         self.task, self.cfg, self.mesh = task, cfg, mesh
@@ -39,4 +39,5 @@ class Evaluator:
             sums.append(self.sums(params, to_devices(batch, self.batch_size, self.mesh), n))
         sums = jax.device_get(sums)
         total = lambda name, i: sum(float(of_batch[name][i]) for of_batch in sums)
-        return {name: total(name, 0) / max(total(name, 1), 1e-9) for name in sums[0]}
+        weights = {name: total(name, 1) for name in sums[0]}
+        return {name: total(name, 0) / max(w, 1e-9) for name, w in weights.items() if w > 0 or name == "loss"}
