@@ -87,7 +87,6 @@ def fails(capsys, *arguments):
         ([SORT, "--mode=sample", "--workdir=nowhere"], "no checkpoint in nowhere"),
         ([SORT, "--mode=export"], "--out=DIR"),
         ([SORT, "--mode=export", "--out=x"], "no checkpoint"),
-        ([SORT, "--mode=sample", "--config.sample.prompt_file=gone.txt"], "gone.txt does not exist"),
         (["--mode=prepare"], "--input"),
         (["--mode=prepare", "--input=gone.txt", "--out=x", "--tokenizer=char"], "gone.txt"),
         ([SORT, "--mode=prepare", "--input=a", "--out=b"], "reads no recipe"),

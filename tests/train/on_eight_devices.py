@@ -62,5 +62,5 @@ if __name__ == "__main__":
     loop.run()
     loop, out["moved"] = run(folder / "moved", MESHES["2x2x2"])
     out["embedding"] = np.asarray(jax.device_get(loop.final_params["wte"]["embedding"])).tolist()
-    out["shown"] = make_task(loop.recipe).show(loop.final_params)
+    out["shown"] = make_task(loop.recipe).show(loop.final_params).text.split("\n")
     print(json.dumps(out))

@@ -117,6 +117,7 @@ def test_the_three_programs_of_a_recipe(tiny_recipe, make_task):
     assert programs["sample"].args[1].shape == (16, 4)  # the problems that an evaluation scores
     task.source = None  # a plan needs no data; a prompt has at most as many tokens as characters
     recipe = tiny_recipe(sample={"prompt": "01210121", "num_samples": 1})
+    task.sample = recipe.sample
     assert plan.programs(recipe, task)["sample"].args[1].shape == (1, 7)  # and no more than the context
 
 
