@@ -14,7 +14,7 @@
 
 The data are 103 shards, 20 GB, fetched before the first step (--config.data.fineweb_shards=1: a trial with 100M tokens).
 Times are arithmetic, not measurements: 6 N + 6 L D T FLOPs a token at 40 % of the card's 58 TFLOP/s. Without remat
-the 124m at microbatch 16 plans 7.3 GiB and a quarter fewer FLOPs a step (--mode=fit finds the largest that fits).
+the 124m at microbatch 16 plans 7.7 GiB and a quarter fewer FLOPs a step (--mode=fit finds the largest that fits).
 """
 
 from jaxvram import recipe
