@@ -367,7 +367,7 @@ def test_samples_are_drawn_in_batches_of_one_size(count, batch_size, batches):
     images = task._images({}, task._labels(count), seed=0)
     assert drawn == batches and images.shape == (count, 8, 8, 4)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1][:count]
-    assert len({image.tobytes() for image in images}) == count  # no two batches take the same draws
+    assert len({image[1:].tobytes() for image in images}) == count  # no two batches take the same draws
 
 
 def png_of(samples):
