@@ -28,7 +28,8 @@ QUERY = "transformer_blocks.1.attn1.to_q.weight"
 def random_params(cfg, seed=0):
     """Nothing zero and nothing equal."""
     image = np.zeros((1, cfg.image_size, cfg.image_size, cfg.channels), np.float32)
-    shapes = jax.eval_shape(lambda: DiT(cfg).init(jax.random.key(0), image, np.zeros(1), np.zeros(1, int))["params"])
+    labels = np.zeros(1, int) if cfg.num_classes else None
+    shapes = jax.eval_shape(lambda: DiT(cfg).init(jax.random.key(0), image, np.zeros(1), labels)["params"])
     random = np.random.RandomState(seed)
     return jax.tree.map(lambda s: random.normal(0, 0.1, s.shape).astype(s.dtype), shapes)
 
