@@ -37,30 +37,31 @@ class Scores:
         return 1.0 if self.cap is None else 1.0 - jnp.square(scores / self.cap)
 
 
-# Products over K and over S. Letters: h a head, or g a key head and r one of its R query heads.
-QK = {4: "bthk,bshk->bhts", 5: "btgrk,bsgk->bgrts"}
-PV = {4: "bhts,bshk->bthk", 5: "bgrts,bsgk->btgrk"}
-PTQ = {4: "bhts,bthk->bshk", 5: "bgrts,btgrk->bsgk"}
+# Products over K, S and T, in the order in which XLA:CPU's fast matrix product takes its operands as they lie: heads
+# before positions, the summed axis last on the left. Letters: h a head, or g a key head and r one of its R query heads.
+QK = {4: "bhtk,bhsk->bhts", 5: "bgrtk,bgsk->bgrts"}
+PV = {4: "bhts,bhsk->bhtk", 5: "bgrts,bgsk->bgrtk"}
+QTP = {4: "bhkt,bhts->bhks", 5: "bgrkt,bgrts->bgks"}
 
 
-def group(x_BxTxHxK, G: int):
-    """(B, T, G, R, K): query heads g R .. g R + R - 1 share the key head g. As it is where each has its own,
-    so that XLA sees the products that it knows.
-    """
-    B, T, H, K = x_BxTxHxK.shape
-    return x_BxTxHxK if H == G else x_BxTxHxK.reshape(B, T, G, H // G, K)
+def by_head(x_BxTxHxK, G: int | None = None):
+    """(B, H, T, K); or (B, G, R, T, K) where R > 1 query heads g R .. g R + R - 1 share the key head g."""
+    x_BxHxTxK = x_BxTxHxK.swapaxes(1, 2)
+    B, H, T, K = x_BxHxTxK.shape
+    return x_BxHxTxK if G in (None, H) else x_BxHxTxK.reshape(B, G, H // G, T, K)
 
 
-def _scores(rule: Rule, scores: Scores, q_BxTxGxRxK, k_BxSxGxK, data: Data, start: int):
+def by_position(x_BxGxRxTxK):
+    """(B, T, H, K) again."""
+    B, *_, T, K = x_BxGxRxTxK.shape
+    return x_BxGxRxTxK.reshape(B, -1, T, K).swapaxes(1, 2)
+
+
+def _scores(rule: Rule, scores: Scores, q_BxGxRxTxK, k_BxGxSxK, data: Data, start: int):
     """(scores of all in fp32, the mask of those that are seen or None) of queries [start, start + T), keys [0, S)."""
-    s = scores(jnp.einsum(QK[q_BxTxGxRxK.ndim], q_BxTxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32))
+    s = scores(jnp.einsum(QK[q_BxGxRxTxK.ndim], q_BxGxRxTxK, k_BxGxSxK, preferred_element_type=jnp.float32))
     mask = visible(rule, data, start, *s.shape[-2:])
     return s, mask if mask is None or s.ndim == 5 else mask[:, 0]
-
-
-def _result(q_BxTxHxK, v_BxSxGxK) -> tuple[int, ...]:
-    """Shape of o: that of q, with heads of v's size."""
-    return (*q_BxTxHxK.shape[:3], v_BxSxGxK.shape[3])
 
 
 def _hide(x, mask, value):
@@ -69,14 +70,15 @@ def _hide(x, mask, value):
 
 def whole(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data, *, start=0, dropout_rate=0.0, dropout_key=None):
     """The definition, with all scores at once; differentiated by JAX."""
-    s, mask = _scores(rule, scores, group(q_BxTxHxK, k_BxSxGxK.shape[2]), k_BxSxGxK, data, start)
+    q, k, v = by_head(q_BxTxHxK, k_BxSxGxK.shape[2]), by_head(k_BxSxGxK), by_head(v_BxSxGxK)
+    s, mask = _scores(rule, scores, q, k, data, start)
     p = jax.nn.softmax(_hide(s, mask, HIDDEN), axis=-1)
     if rule.may_hide_all:
         p = jnp.where(mask, p, 0)
     if dropout_key is not None and dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p.shape)
         p = jnp.where(kept, p / (1 - dropout_rate), 0)
-    return jnp.einsum(PV[p.ndim], p.astype(v_BxSxGxK.dtype), v_BxSxGxK).reshape(_result(q_BxTxHxK, v_BxSxGxK))
+    return by_position(jnp.einsum(PV[p.ndim], p.astype(v.dtype), v))
 
 
 def chunk_count(bytes_per_query: int, T: int) -> int:
@@ -115,37 +117,35 @@ def with_dropout(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data, dropout_ra
 def forward(rule: Rule, scores: Scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, data: Data):
     """(o_BxTxHxK in the dtype of v, log-sum-exp of the scores (B, H, T) in fp32)."""
     B, _, H, _ = q_BxTxHxK.shape
-    q_BxTxGxRxK = group(q_BxTxHxK, k_BxSxGxK.shape[2])
+    q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK = by_head(q_BxTxHxK, k_BxSxGxK.shape[2]), by_head(k_BxSxGxK), by_head(v_BxSxGxK)
     outs, lses = [], []
     for start, end, keys in _chunks(rule, q_BxTxHxK, k_BxSxGxK):
-        q = _in_turn(q_BxTxGxRxK[:, start:end], outs[-1] if outs else None)
-        s, mask = _scores(rule, scores, q, k_BxSxGxK[:, :keys], data, start)
+        q = _in_turn(q_BxGxRxTxK[..., start:end, :], outs[-1] if outs else None)
+        s, mask = _scores(rule, scores, q, k_BxGxSxK[:, :, :keys], data, start)
         s = _hide(s, mask, HIDDEN)
         highest = s.max(-1, keepdims=True)
         p = jnp.exp(s - highest)
         total = p.sum(-1, keepdims=True)
         if rule.may_hide_all:
             p = jnp.where(mask, p, 0)
-        o = jnp.einsum(
-            PV[p.ndim], p.astype(v_BxSxGxK.dtype), v_BxSxGxK[:, :keys], preferred_element_type=jnp.float32
-        )
-        outs.append((o / jnp.moveaxis(total, -2, 1)).astype(v_BxSxGxK.dtype))
+        v = v_BxGxSxK[:, :, :keys]
+        o = jnp.einsum(PV[p.ndim], p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        outs.append((o / total).astype(v.dtype))
         lses.append((highest + jnp.log(total))[..., 0].reshape(B, H, end - start))
-    return jnp.concatenate(outs, axis=1).reshape(_result(q_BxTxHxK, v_BxSxGxK)), jnp.concatenate(lses, axis=-1)
+    return by_position(jnp.concatenate(outs, axis=-2)), jnp.concatenate(lses, axis=-1)
 
 
 def backward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, o_BxTxHxK, lse_BxHxT, do_BxTxHxK, data):
     """(dq, dk, dv), in the dtypes of q, k and v; sums over chunks in fp32."""
     dtype, (G, S) = q_BxTxHxK.dtype, (k_BxSxGxK.shape[2], k_BxSxGxK.shape[1])
-    delta_BxHxT = jnp.einsum("bthk,bthk->bht", do_BxTxHxK, o_BxTxHxK, preferred_element_type=jnp.float32)
-    q_BxTxGxRxK, do_BxTxGxRxK = group(q_BxTxHxK, G), group(do_BxTxHxK.astype(dtype), G)
-    heads = q_BxTxGxRxK.shape[2:-1]
-    by_row = lambda x_BxHxT: x_BxHxT.reshape(x_BxHxT.shape[0], *heads, x_BxHxT.shape[-1], 1)
-    lse, delta = by_row(lse_BxHxT), by_row(delta_BxHxT)
+    q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK = by_head(q_BxTxHxK, G), by_head(k_BxSxGxK), by_head(v_BxSxGxK)
+    do_BxGxRxTxK, o_BxGxRxTxK = by_head(do_BxTxHxK, G), by_head(o_BxTxHxK, G)
+    delta = (do_BxGxRxTxK.astype(jnp.float32) * o_BxGxRxTxK).sum(-1, keepdims=True)
+    lse, do_BxGxRxTxK = lse_BxHxT.reshape(delta.shape), do_BxGxRxTxK.astype(dtype)
     dqs, dk, dv = [], None, None
     for start, end, keys in _chunks(rule, q_BxTxHxK, k_BxSxGxK):
-        q = _in_turn(q_BxTxGxRxK[:, start:end], dqs[-1] if dqs else None)
-        do, k, v = do_BxTxGxRxK[:, start:end], k_BxSxGxK[:, :keys], v_BxSxGxK[:, :keys]
+        q = _in_turn(q_BxGxRxTxK[..., start:end, :], dqs[-1] if dqs else None)
+        do, k, v = do_BxGxRxTxK[..., start:end, :], k_BxGxSxK[:, :, :keys], v_BxGxSxK[:, :, :keys]
         s, mask = _scores(rule, scores, q, k, data, start)
         p = _hide(jnp.exp(s - lse[..., start:end, :]), mask, 0)
         dp = jnp.einsum(QK[do.ndim], do, v, preferred_element_type=jnp.float32)
@@ -153,14 +153,14 @@ def backward(rule, scores, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, o_BxTxHxK, lse_BxHxT
         p, ds = p.astype(dtype), ds.astype(dtype)
         dqs.append(jnp.einsum(PV[ds.ndim], ds, k))
         add = functools.partial(_add, keys=keys, S=S)
-        dv = add(dv, jnp.einsum(PTQ[p.ndim], p, do, preferred_element_type=jnp.float32))
-        dk = add(dk, jnp.einsum(PTQ[ds.ndim], ds, q, preferred_element_type=jnp.float32))
-    dq_BxTxHxK = jnp.concatenate(dqs, axis=1).reshape(q_BxTxHxK.shape)
-    return dq_BxTxHxK, dk.astype(k_BxSxGxK.dtype), dv.astype(v_BxSxGxK.dtype)
+        dv = add(dv, jnp.einsum(QTP[p.ndim], do.swapaxes(-1, -2), p, preferred_element_type=jnp.float32))
+        dk = add(dk, jnp.einsum(QTP[ds.ndim], q.swapaxes(-1, -2), ds, preferred_element_type=jnp.float32))
+    dk_BxSxGxK, dv_BxSxGxK = (d_BxGxKxS.transpose(0, 3, 1, 2) for d_BxGxKxS in (dk, dv))
+    return by_position(jnp.concatenate(dqs, axis=-2)), dk_BxSxGxK.astype(k.dtype), dv_BxSxGxK.astype(v.dtype)
 
 
-def _add(total_BxSxGxK, part, keys: int, S: int):
+def _add(total_BxGxKxS, part, keys: int, S: int):
     """total + part, where part is of the first `keys` keys."""
-    if total_BxSxGxK is None:
-        return part if keys == S else jnp.pad(part, ((0, 0), (0, S - keys), (0, 0), (0, 0)))
-    return total_BxSxGxK.at[:, :keys].add(part)
+    if total_BxGxKxS is None:
+        return part if keys == S else jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, S - keys)))
+    return total_BxGxKxS.at[..., :keys].add(part)
