@@ -118,3 +118,8 @@ def stages_that_fit(stage_bytes: int, fixed_bytes: int, stages: int) -> int:
       fixed_bytes: of the tiles that stay.
     """
     return max(1, min(stages, (LEAST_SHARED_MEMORY - fixed_bytes) // max(stage_bytes, 1)))
+
+
+def barrier() -> None:
+    """All threads of a block have come here, and see what any of them wrote to memory. Interpret mode has none."""
+    pltriton.debug_barrier()
