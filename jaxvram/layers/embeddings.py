@@ -1,4 +1,4 @@
-"""Token and position tables."""
+"""Tables of tokens and positions, and the head that may mirror one."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,3 +23,28 @@ class Embed(nn.Module):
 
     def __call__(self, ids_BxT):
         return jnp.take(self.embedding, ids_BxT, axis=0, mode="clip").astype(self.dtype)
+
+
+class Head(nn.Module):
+    """An output matrix of its own, no bias: its rows of padding are zero."""
+
+    vocab_size: int
+    table_rows: int
+    features: int
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def rows_VxD(self):
+        padded = padded_normal(self.vocab_size)
+        kernel_init = lambda key, shape, dtype: padded(key, shape[::-1], dtype).T
+        return self.param("kernel", kernel_init, (self.features, self.table_rows), self.param_dtype).T
+
+
+def padded_normal(vocab_size: int):
+    """N(0, 0.02) in the first `vocab_size` rows, zero in the padding (llm.c)."""
+
+    def init(key, shape, dtype):
+        rows = nn.initializers.normal(0.02)(key, (vocab_size, *shape[1:]), dtype)
+        return jnp.pad(rows, ((0, shape[0] - vocab_size), (0, 0)))
+
+    return init

@@ -2,8 +2,15 @@
 
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
+from jaxvram.models.mamba import Mamba, MambaConfig
+from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 
-MODELS = {"gpt2": (GPT2, GPT2Config), "dit": (DiT, DiTConfig)}
+MODELS = {
+    "gpt2": (GPT2, GPT2Config),
+    "dit": (DiT, DiTConfig),
+    "mamba": (Mamba, MambaConfig),
+    "mamba2": (Mamba2, Mamba2Config),
+}
 
 
 def name_of(cfg) -> str:

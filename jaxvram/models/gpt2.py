@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxvram.errors import UserError, nearest
 from jaxvram.kernels.backend import IMPLEMENTATIONS
 from jaxvram.layers.attention import KVCache, SelfAttention
-from jaxvram.layers.embeddings import Embed
+from jaxvram.layers.embeddings import Embed, Head, padded_normal
 from jaxvram.layers.linear import Linear
 from jaxvram.layers.mlp import ACTIVATIONS, MLP
 from jaxvram.layers.norms import LayerNorm
@@ -89,13 +89,13 @@ class GPT2(nn.Module):
     def setup(self):
         cfg = self.cfg
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.wte = Embed(cfg.table_rows, cfg.n_embd, _padded_normal(cfg.vocab_size), **dtypes)
+        self.wte = Embed(cfg.table_rows, cfg.n_embd, padded_normal(cfg.vocab_size), **dtypes)
         self.wpe = Embed(cfg.block_size, cfg.n_embd, nn.initializers.normal(0.02), **dtypes)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = Stack(Block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers)
         self.ln_f = LayerNorm(use_bias=cfg.bias, **dtypes)
         if not cfg.tie_head:
-            self.lm_head = Head(cfg)
+            self.lm_head = Head(cfg.vocab_size, cfg.table_rows, cfg.n_embd, cfg.param_dtype)
 
     def __call__(self, tokens_BxT, state: KVCache | None = None, deterministic: bool = True):
         """Hidden states (B, T, D) in the compute dtype, and the cache of all layers (leading axis L) for what follows.
@@ -116,6 +116,11 @@ class GPT2(nn.Module):
             self.lm_head.rows_VxD()  # else `init`, which only runs this method, would not make it
         return self.ln_f(x_BxTxD), state
 
+    @property
+    def context(self) -> int:
+        """Tokens that it can read back to."""
+        return self.cfg.block_size
+
     def head_VxD(self):
         return self.wte.embedding if self.cfg.tie_head else self.lm_head.rows_VxD()
 
@@ -124,26 +129,3 @@ class GPT2(nn.Module):
         cfg = self.cfg
         one = KVCache.empty(batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.dtype)
         return KVCache(*(jnp.broadcast_to(a, (cfg.n_layer, *a.shape)) for a in (one.k_BxSxHxK, one.v_BxSxHxK, one.length)))
-
-
-class Head(nn.Module):
-    """minGPT's untied output matrix, no bias."""
-
-    cfg: GPT2Config
-
-    @nn.compact
-    def rows_VxD(self):
-        cfg = self.cfg
-        padded = _padded_normal(cfg.vocab_size)
-        kernel_init = lambda key, shape, dtype: padded(key, shape[::-1], dtype).T
-        return self.param("kernel", kernel_init, (cfg.n_embd, cfg.table_rows), cfg.param_dtype).T
-
-
-def _padded_normal(vocab_size: int):
-    """N(0, 0.02) in the first `vocab_size` rows, zero in the padding (llm.c)."""
-
-    def init(key, shape, dtype):
-        rows = nn.initializers.normal(0.02)(key, (vocab_size, *shape[1:]), dtype)
-        return jnp.pad(rows, ((0, shape[0] - vocab_size), (0, 0)))
-
-    return init

@@ -36,16 +36,17 @@ def generate(
     """`new_tokens` (N) continuations of a prompt.
 
     Args:
-      model: a Linen module of the language model protocol; `cfg.block_size` bounds its context (T).
+      model: a Linen module of the language model protocol; `context` bounds what it reads back to (T; None: nothing).
       params: its parameters.
-      prompt_BxP: int32, P >= 1; of a longer one than T only the end is read.
+      prompt_BxP: int32, P >= 1; of one longer than T only the end is read.
       key: of the draws; row b of step n draws from the n-th split of it.
       vocab_size: tokens from here on are never drawn.
     Returns:
-      tokens_BxN. While prompt and text fit T positions the model's state carries them; afterwards each token is drawn
-      from the last T tokens afresh, as nanoGPT does: with learned positions every entry of a cache would move.
+      tokens_BxN. While prompt and text fit T positions (for a recurrent model: always) the model's state carries them;
+      afterwards each token is drawn from the last T tokens afresh, as nanoGPT does: with learned positions every entry of a
+      cache would move.
     """
-    T = model.cfg.block_size
+    T = model.context or prompt_BxP.shape[1] + new_tokens
     prompt_BxP = prompt_BxP[:, -T:]
     B, P = prompt_BxP.shape
     variables = {"params": _cast_matrices(params, model.cfg.dtype)}

@@ -21,6 +21,12 @@ UNKNOWN_VOCABULARY = 256  # characters; more than any text in one European langu
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
     score_problems: int = 1000  # held-out problems answered at each evaluation; only where the data has answers
+    chunk_length: int = 0  # tokens of a sequence at a time, the model's state carried on: memory for so many; 0: all
+    chunk_gradient: bool = True  # through the state from chunk to chunk; False: none (truncated backpropagation)
+
+    def __post_init__(self):
+        if min(self.score_problems, self.chunk_length) < 0:
+            raise UserError("task: score_problems and chunk_length must not be negative")
 
 
 class LanguageTask:
@@ -53,6 +59,9 @@ class LanguageTask:
 
     def __init__(self, model, source, cfg: LanguageConfig, sample: SampleConfig):
         self.model, self.source, self.cfg, self.sample = model, source, cfg, sample
+        if cfg.chunk_length and model.cfg.block_size % cfg.chunk_length:
+            which = f"task.chunk_length={cfg.chunk_length}"
+            raise UserError(f"{which} does not divide model.block_size={model.cfg.block_size}")
         if source is not None and source.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the data has {source.vocab_size} tokens, the model only model.vocab_size={model.cfg.vocab_size} of them"
@@ -78,14 +87,40 @@ class LanguageTask:
 
     def loss(self, params, batch, key=None):
         """(sum of nats over the targets, how many there are, no further metrics); dropout only with a key."""
+        targets_BxT = batch["targets"]
+        if self.cfg.chunk_length in (0, targets_BxT.shape[1]):
+            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None)
+        else:
+            nats = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
+        return nats, (targets_BxT >= 0).sum().astype(jnp.float32), {}
+
+    def _nats(self, params, tokens_BxT, targets_BxT, key, state):
+        """(sum of nats over the targets, the model's state after the last token)."""
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
-        hidden_BxTxD, _ = self.model.apply(variables, batch["tokens"], deterministic=key is None, rngs=rngs)
+        hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, deterministic=key is None, rngs=rngs)
         head_VxD = self.model.apply(variables, method="head_VxD")
         cfg = self.model.cfg
-        loss_BxT, _ = linear_cross_entropy(
-            hidden_BxTxD, head_VxD, batch["targets"], cfg.vocab_size, implementation=cfg.kernels
-        )
-        return loss_BxT.sum(), (batch["targets"] >= 0).sum().astype(jnp.float32), {}
+        loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, cfg.vocab_size, implementation=cfg.kernels)
+        return loss_BxT.sum(), state
+
+    def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key):
+        """The same, `chunk_length` tokens at a time: the backward pass keeps a state a chunk, and makes each chunk again."""
+        B, T = tokens_BxT.shape
+        chunks = T // self.cfg.chunk_length
+        split = lambda x_BxT: x_BxT.reshape(B, chunks, -1).swapaxes(0, 1)
+        keys = None if key is None else jax.random.split(key, chunks)
+
+        @jax.checkpoint
+        def chunk(carry, of_chunk):
+            nats, state = carry
+            if not self.cfg.chunk_gradient:
+                state = jax.lax.stop_gradient(state)
+            more, state = self._nats(params, *of_chunk, state)
+            return (nats + more, state), None
+
+        empty = self.model.apply({"params": params}, B, method="initial_state")
+        (nats, _), _ = jax.lax.scan(chunk, (jnp.float32(0), empty), (split(tokens_BxT), split(targets_BxT), keys))
+        return nats
 
     def evaluation(self, params, batch, key):
         """The loss alone; nothing is drawn."""
