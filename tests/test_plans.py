@@ -18,7 +18,7 @@ CONFIGS = sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
 def budgets(path):
     """{variant: GiB} from the rows of a recipe's header."""
     header = path.read_text().split('"""')[1]
-    return {name: float(gib) for name, gib in re.findall(r"^  (\w+) .*? ([\d.]+) GiB", header, re.M)}
+    return {name: float(gib) for name, gib in re.findall(r"^  ([\w.]+) .*? ([\d.]+) GiB", header, re.M)}
 
 
 def names(path):

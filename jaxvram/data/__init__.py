@@ -8,19 +8,20 @@ A source of text has `vocab_size`, `tokenizer`, `sequence_length` (T), `example_
 
 import dataclasses
 
+from jaxvram.data.memory_problems import InductionHeads, SelectiveCopying
 from jaxvram.data.order import ORDERS
 from jaxvram.data.problems import AdderProblems, SortProblems
 from jaxvram.data.text import load_text
 from jaxvram.errors import UserError, nearest
 
-NAMES = ("text", "sort", "adder")
+NAMES = ("text", "sort", "adder", "copying", "induction")
 DATASETS = ("shakespeare", "fineweb", "offline")
 TOKENIZERS = ("char", "gpt2")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = "text"  # text | sort | adder (minGPT's two problems)
+    name: str = "text"  # text | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
     dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (a text that every Python has)
     path: str | None = None  # instead: a text, a folder of texts, nanoGPT's folder, llm.c's shard, folder or glob
     tokenizer: str = "char"  # char | gpt2
@@ -30,7 +31,10 @@ class DataConfig:
     download: bool = True  # may ask the network for what is not on this machine
     allow_offline: bool = False  # if even that fails, train on the offline text and say so
     fineweb_shards: int = 1  # train shards of FineWeb, of 100M tokens and 200 MB each, up to 103
-    length: int = 6  # sort: digits in a question
+    length: int = 6  # sort: digits in a question; copying, induction: tokens
+    exam_length: int = 0  # copying, induction: of the problems that are scored; 0: the same
+    symbols: int = 16  # copying, induction: kinds of token to remember
+    remembered: int = 16  # copying: tokens to tell again
     digits: int = 3  # sort: digits there are
     ndigit: int = 2  # adder: digits of each number
 
@@ -50,13 +54,16 @@ def load(cfg: DataConfig, block_size: int, seed: int):
         return load_text(cfg, block_size, seed)
     if cfg.path is not None:
         raise UserError(f"data.path={cfg.path} is for data.name=text; data.name={cfg.name} makes its own problems")
-    if cfg.name == "sort" and cfg.order != "random":
+    if cfg.name != "adder" and cfg.order != "random":
         raise UserError(
-            "data.order=shuffled needs a list of examples; the sort problem draws them: set data.order=random"
+            f"data.order=shuffled needs a list of examples; the {cfg.name} problem draws them: set data.order=random"
         )
-    source = (
-        SortProblems(cfg.length, cfg.digits, seed) if cfg.name == "sort" else AdderProblems(cfg.ndigit, cfg.order, seed)
-    )
+    source = {
+        "sort": lambda: SortProblems(cfg.length, cfg.digits, seed),
+        "adder": lambda: AdderProblems(cfg.ndigit, cfg.order, seed),
+        "copying": lambda: SelectiveCopying(cfg.length, cfg.exam_length, cfg.symbols, cfg.remembered, seed),
+        "induction": lambda: InductionHeads(cfg.length, cfg.exam_length, cfg.symbols, seed),
+    }[cfg.name]()
     if block_size != source.sequence_length:
         raise UserError(
             f"model.block_size={block_size} does not fit the {cfg.name} problem: set it to {source.sequence_length}"

@@ -9,7 +9,7 @@ from jaxvram.data.order import example_indices, generator
 from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError
 
-_EXAM = 2**63  # batch numbers from here on are for `problems`, no training run gets so far
+EXAM = 2**63  # batch numbers from here on are for `problems`, no training run gets so far
 
 
 class SortProblems:
@@ -33,11 +33,11 @@ class SortProblems:
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         question_BxL = self._questions(generator(self.seed, split, n), split, batch_size)[rows]
-        return _shifted(question_BxL, np.sort(question_BxL, axis=1))
+        return shifted(question_BxL, np.sort(question_BxL, axis=1))
 
     def problems(self, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """`limit` drawn questions (N, length) and their answers (N, length), with repeats, like minGPT's 5,000."""
-        question_NxL = self._questions(generator(self.seed, split, _EXAM), split, limit)
+        question_NxL = self._questions(generator(self.seed, split, EXAM), split, limit)
         return question_NxL, np.sort(question_NxL, axis=1)
 
     def _questions(self, rng, split: str, count: int) -> np.ndarray:
@@ -84,7 +84,7 @@ class AdderProblems:
         questions = self._questions[split]
         order = self.order if split == "train" else "shuffled"  # val goes through the held-out questions in turn
         index_B = example_indices(order, self.seed, split, n, batch_size, rows, len(questions))
-        return _shifted(*self._digits(questions[index_B]))
+        return shifted(*self._digits(questions[index_B]))
 
     def problems(self, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `limit` questions (N, 2 * ndigit) of the split and their answers (N, ndigit + 1)."""
@@ -98,7 +98,7 @@ class AdderProblems:
         return np.hstack([digits(a_N, high_first), digits(b_N, high_first)]), digits(a_N + b_N, low_first)
 
 
-def _shifted(question_BxP: np.ndarray, answer_BxA: np.ndarray) -> dict[str, np.ndarray]:
+def shifted(question_BxP: np.ndarray, answer_BxA: np.ndarray) -> dict[str, np.ndarray]:
     """Question and answer in one row, as tokens (B, P + A - 1) and next tokens, of which only the answer's count."""
     row_BxN = np.hstack([question_BxP, answer_BxA]).astype(np.int32)
     targets = row_BxN[:, 1:].copy()

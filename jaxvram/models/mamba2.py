@@ -104,11 +104,9 @@ class Mamba2Mixer(nn.Module):
             C_BxTxGN.reshape(B, T, G, N), B_BxTxGN.reshape(B, T, G, N), x_BxTxHxP, delta_BxTxH * A_H, delta_BxTxH,
             h_BxHxPxN=state.h_BxHxPxN if state else None, resets_BxT=resets_BxT, implementation=cfg.kernels,
         )  # fmt: skip
-        y_BxTxE = (y_BxTxHxP + D_H[:, None] * x_BxTxHxP).reshape(B, T, E)  # in fp32, as is the gate
-        gated_BxTxE = y_BxTxE * jax.nn.silu(z_BxTxE.astype(jnp.float32))
-        gated_BxTxE = GroupedRMSNorm(G, cfg.dtype, cfg.param_dtype, name="norm")(gated_BxTxE)
+        y_BxTxE = GatedNorm(G, cfg.dtype, cfg.param_dtype, name="norm")(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE)
         out_init = fan_in_uniform(cfg.n_layer**-0.5)
-        out_BxTxD = dense(cfg.n_embd, kernel_init=out_init, name="out_proj")(gated_BxTxE)
+        out_BxTxD = dense(cfg.n_embd, kernel_init=out_init, name="out_proj")(y_BxTxE)
         return out_BxTxD, Mamba2State(tail, h_BxHxPxN) if state else None
 
 
@@ -117,19 +115,26 @@ def _log_uniform(low: float, high: float):
     return lambda key, shape: jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
 
 
-class GroupedRMSNorm(nn.Module):
-    """RMSNorm of each of G equal parts of the channels."""
+class GatedNorm(nn.Module):
+    """norm((y + D x) silu(z)), RMS over each of G equal parts of the channels; fp32 inside, of which nothing is kept."""
 
     groups: int
     dtype: str
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x_BxTxE):
-        E = x_BxTxE.shape[-1]
+    def __call__(self, y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE):
+        E = z_BxTxE.shape[-1]
         scale_E = self.param("scale", nn.initializers.ones, (E,), self.param_dtype)
-        parts = x_BxTxE.reshape(*x_BxTxE.shape[:-1], self.groups, E // self.groups)
-        return rms_norm(parts, scale_E.reshape(self.groups, -1), 1e-5, self.dtype).reshape(x_BxTxE.shape)
+
+        @jax.checkpoint
+        def gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E):
+            y_BxTxE = (y_BxTxHxP + D_H[:, None] * x_BxTxHxP).reshape(z_BxTxE.shape)  # D is fp32, so is the sum
+            y_BxTxE = y_BxTxE * jax.nn.silu(z_BxTxE.astype(jnp.float32))
+            parts = y_BxTxE.reshape(*y_BxTxE.shape[:-1], self.groups, E // self.groups)
+            return rms_norm(parts, scale_E.reshape(self.groups, -1), 1e-5, self.dtype).reshape(y_BxTxE.shape)
+
+        return gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E)
 
 
 class Block(nn.Module):

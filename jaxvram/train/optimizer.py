@@ -19,7 +19,7 @@ class ParamGroup:
 
 MATRICES_DECAY = {  # nanoGPT, llm.c: everything with two axes or more, tables included
     "decayed": ParamGroup(r".*(kernel|embedding)", weight_decay=0.1),
-    "plain": ParamGroup(r".*(bias|scale)"),
+    "plain": ParamGroup(r".*(bias|scale|/A_log|/D)"),  # the last two: Mamba's
 }
 LINEAR_DECAY = {  # minGPT: the weights of linear layers alone
     "linear": ParamGroup(r".*kernel", weight_decay=0.1),

@@ -1,0 +1,72 @@
+"""Mamba on FineWeb's 10B-token sample: the paper's sizes and optimizer (Gu & Dao 2023, appendix E.2), on one 12 GB card.
+
+  python launch.py --config=configs/mamba.py            # 130m where there is a GPU, else tiny
+  python launch.py --config=configs/mamba.py:370m
+  python launch.py --config=configs/mamba.py:induction  # the paper's synthetic tasks, in minutes on a CPU
+  python launch.py --config=configs/mamba.py --mode=plan --card=rtx4070
+"""
+
+from jaxvram import recipe
+from jaxvram.data import DataConfig
+from jaxvram.models.mamba import SIZES, MambaConfig
+from jaxvram.sample.text import SampleConfig
+from jaxvram.train.checkpoint import CheckpointConfig
+from jaxvram.train.evaluate import EvalConfig
+from jaxvram.train.optimizer import OptimizerConfig
+from jaxvram.train.step import TrainConfig
+
+VARIANTS = ("130m", "370m", "790m", "1.4b", "copying", "induction", "tiny")  # `auto`: the first on a GPU, else the last
+
+
+def get_config(variant="auto"):
+    variant = recipe.choose(variant, VARIANTS)
+    n_layer, n_embd = SIZES.get(variant, SIZES["130m"])
+    c = recipe.new(
+        model=MambaConfig(
+            vocab_size=50257,  # GPT-2's BPE, in which FineWeb's shards come
+            vocab_multiple=128,  # 50304 rows: tensor cores want multiples
+            block_size=2048,  # T
+            n_layer=n_layer,  # L
+            n_embd=n_embd,  # D
+            reset_token=50256,  # <|endoftext|>: no document remembers the one before
+            remat="full",  # a stream of 4 D bytes a token and layer is kept, the rest is made again
+        ),
+        data=DataConfig(dataset="fineweb", fineweb_shards=103, tokenizer="gpt2", order="shuffled"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=375, final_lr_fraction=1e-5 / 3e-3),
+        train=TrainConfig(
+            steps=19_073,  # 10B tokens
+            batch_size=256,  # x 2048 = 524,288 tokens a step
+            microbatch_size=8,
+            log_every=1,
+        ),
+        eval=EvalConfig(every=250, batches=20),
+        checkpoint=CheckpointConfig(best=True),
+        sample=SampleConfig(prompt="The", max_new_tokens=200, num_samples=2),
+    )
+    if variant == "370m":
+        c.optimizer.update(learning_rate=1.5e-3, final_lr_fraction=1e-5 / 1.5e-3)
+        c.train.microbatch_size = 4
+    if variant == "790m":  # AdamW's 16 bytes a parameter would be 11.8 GiB before any activation
+        c.optimizer.update(name="adafactor", learning_rate=6e-4, final_lr_fraction=1e-2)
+        c.train.microbatch_size = 2
+    if variant == "1.4b":  # weights and gradients alone fill the card in fp32; in bf16 small updates are rounded away
+        c.model.param_dtype = "bfloat16"
+        c.optimizer.update(name="adafactor", learning_rate=3e-5, schedule="constant", warmup_steps=100)
+        c.train.update(steps=1000, batch_size=2, microbatch_size=0)
+    if variant in ("copying", "induction"):  # section 4.1 of the paper: two layers, on problems made on the fly
+        c.model.update(n_layer=2, n_embd=64, vocab_size=0, vocab_multiple=1, reset_token=-1)
+        c.model.update(remat="none", dtype="float32", unroll_layers=True)
+        c.data.update(name=variant, length=128, order="random")
+        c.model.block_size = 128 if variant == "induction" else 128 + 16
+        c.optimizer.update(learning_rate=3e-3, schedule="wsd", warmup_steps=20, final_lr_fraction=0.0)
+        c.train.update(steps=1000, batch_size=32, microbatch_size=0, log_every=50)
+        c.eval.update(every=250, batches=4)
+        c.task.score_problems = 500
+    if variant == "tiny":
+        c.model.update(block_size=64, n_layer=3, n_embd=64, remat="none", dtype="float32", unroll_layers=True)
+        c.data.dataset = "offline"
+        c.optimizer.update(learning_rate=3e-3, warmup_steps=20, final_lr_fraction=0.0)
+        c.train.update(steps=200, batch_size=8, microbatch_size=4, log_every=10)
+        c.eval.update(every=100, batches=10)
+        c.sample.max_new_tokens = 60
+    return c
