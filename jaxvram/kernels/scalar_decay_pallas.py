@@ -1,12 +1,13 @@
-"""The scalar-decay recurrence as Pallas kernels: outputs, states between chunks, and all gradients of a chunk.
+"""The scalar-decay recurrence as Pallas kernels: outputs, states between chunks, and the gradients of a chunk.
 
 `forward`: a program has one head and a block of its values, and walks along the chunks with the state in registers.
 `states`: the same walk for the backward pass, which writes the state before each chunk; run from the end with do, q in the
-place of v, k it gives the gradients of the states. `gradients`: a program has one chunk of a group, and walks through the
-heads that share its q and k, so that their sums over heads stay in registers; written are dq, dk, dv, dg, dw, once each.
+place of v, k it gives the gradients of the states. `by_head`: a program has one chunk of one head: dv, dw, dg. `by_group`:
+one chunk of a group and a block of its keys; it goes through the heads that share them, so that the sums over heads, dq and
+dk, stay in registers.
 
-Why not fused walks for the gradients as well: sums over heads would go through memory, two (T, N) arrays a head, which is
-as much as the two states a chunk of 64 at P = 64, and the gradient of the decay needs a state and its gradient at once.
+Why not walks for the gradients as well: the sums over heads would go through memory, (T, N) for dq and for dk a head, which
+is as much as the two states a chunk of 64 at P = 64, and the gradient of the decay needs a state and its gradient at once.
 """
 
 import dataclasses
@@ -21,24 +22,31 @@ from jaxvram.kernels.backend import HIDDEN, Tile
 from jaxvram.kernels.scalar_decay_xla import Decays, decays
 
 
+KEYS = 64  # of the state at a time: an operand as wide as a whole key would not fit in registers
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """At one padded size of keys: tokens x values. Found by compiling for sm_89: the largest that spill nothing."""
+    """Tokens x values. Found by compiling for sm_89: the largest that spill nothing.
+
+    Warps: Triton gives the warps of chained products rows of 16 each, so that more than tokens / 16 would repeat the work.
+    """
 
     forward: Tile
-    states: Tile  # as many tokens as gradients
-    gradients: Tile
+    states: Tile  # as many tokens as by_head and by_group
+    by_head: Tile
+    by_group: Tile
 
 
 BF16 = {
-    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
-    128: Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    256: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    256: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
 }
 FP32 = {
-    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    128: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    256: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
 
 
@@ -68,10 +76,16 @@ class _Span:
         return jnp.expand_dims(self.start + jnp.arange(self.count) < self.size, 1 - axis)
 
 
-def _all(N: int) -> _Span:
-    width = backend.power_of_two(N)
+def _block(i, N: int) -> _Span:
+    """Block i of the keys."""
+    width = min(KEYS, backend.power_of_two(N))
     # JAX 0.12 refuses a constant slice that ends beyond the array, mask or not; it cannot object to a computed one.
-    return _Span(0 if width == N else pl.program_id(0) * 0, width, N)
+    start = i * width + (pl.program_id(0) * 0 if isinstance(i, int) and N % width else 0)
+    return _Span(start, width, N)
+
+
+def _blocks(N: int) -> list[_Span]:
+    return [_block(i, N) for i in range(pl.cdiv(N, KEYS))]
 
 
 def _mask(rows: _Span, columns: _Span):
@@ -102,105 +116,148 @@ def _between(high_C, low_C, document_C):
     return jnp.exp2(jnp.where(seen, exponent, HIDDEN))
 
 
+def _sum(products):
+    return functools.reduce(jnp.add, products)
+
+
 def _forward_kernel(
     q_ref, k_ref, v_ref, high_ref, low_ref, from_start_ref, to_end_ref, through_ref, weight_ref, h_ref, *refs, tile, shape
 ):  # fmt: skip
     *document_ref, o_ref, last_ref = refs
     (T, P, N), C = shape, tile.rows
-    keys = _all(N)
+    keys = _blocks(N)
     values = _Span(pl.program_id(0) * tile.columns, tile.columns, P)
 
-    def of_chunk(c, h_PxN):
-        tokens = _Span(c * C, C, T)
-        row = lambda ref: backend.load(ref.at[pl.ds(c * C, C)])
-        q_CxN, k_CxN, v_CxP = _load(q_ref, tokens, keys), _load(k_ref, tokens, keys), _load(v_ref, tokens, values)
-        weight_C = row(weight_ref)
-        between_CxC = _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
-        scores_CxC = backend.dot(q_CxN, k_CxN, trans_b=True) * between_CxC * weight_C[None, :]
-        o_CxP = row(from_start_ref)[:, None] * backend.dot(q_CxN, h_PxN.astype(q_CxN.dtype), trans_b=True)
-        o_CxP += backend.dot(scores_CxC.astype(v_CxP.dtype), v_CxP)
+    def of_chunk(c, h_NxP):
+        tokens, through = _Span(c * C, C, T), through_ref[c]
+        row = lambda ref: backend.load(ref.at[tokens.at])
+        key = lambda ref, block: _load(ref, tokens, block)
+        weight_C, v_CxP = row(weight_ref), _load(v_ref, tokens, values)
+        blocks = list(zip(keys, h_NxP, strict=True))
+        o_CxP = _sum(backend.dot(key(q_ref, block), h.astype(v_CxP.dtype)) for block, h in blocks)
+        o_CxP *= row(from_start_ref)[:, None]
+        scores_CxC = _sum(backend.dot(key(q_ref, block), key(k_ref, block), trans_b=True) for block in keys)
+        scores_CxC *= _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+        o_CxP += backend.dot((scores_CxC * weight_C[None, :]).astype(v_CxP.dtype), v_CxP)
         _store(o_ref, tokens, values, o_CxP)
-        return through_ref[c] * h_PxN + backend.dot(_scaled(v_CxP, weight_C * row(to_end_ref)), k_CxN, trans_a=True)
+        scaled_CxP = _scaled(v_CxP, weight_C * row(to_end_ref))
+        return [through * h + backend.dot(key(k_ref, block), scaled_CxP, trans_a=True) for block, h in blocks]
 
-    h_PxN = jax.lax.fori_loop(0, pl.cdiv(T, C), of_chunk, _load(h_ref, values, keys))
-    _store(last_ref, values, keys, h_PxN)
+    h_NxP = jax.lax.fori_loop(0, pl.cdiv(T, C), of_chunk, [_load(h_ref, values, block).T for block in keys])
+    for block, h in zip(keys, h_NxP, strict=True):
+        _store(last_ref, values, block, h.T)
 
 
 def _states_kernel(x_ref, y_ref, scale_ref, through_ref, first_ref, states_ref, last_ref, *, tile, shape, backwards):
-    """Chunk by chunk: write the state, then state = through state + sum_i scale_i x_i y_i^T."""
+    """Chunk by chunk: write the state, then state = through state + sum_i scale_i y_i x_i^T."""
     (T, P, N), C = shape, tile.rows
-    keys = _all(N)
+    keys = _blocks(N)
     values = _Span(pl.program_id(0) * tile.columns, tile.columns, P)
     chunks = pl.cdiv(T, C)
 
-    def of_chunk(i, state_PxN):
+    def of_chunk(i, state_NxP):
         c = chunks - 1 - i if backwards else i
-        tokens = _Span(c * C, C, T)
-        _store(states_ref, values, keys, state_PxN, first=(c,))
-        x_CxP = _scaled(_load(x_ref, tokens, values), backend.load(scale_ref.at[tokens.at]))
-        return through_ref[c] * state_PxN + backend.dot(x_CxP, _load(y_ref, tokens, keys), trans_a=True)
+        tokens, through = _Span(c * C, C, T), through_ref[c]
+        x_CxP, results = _scaled(_load(x_ref, tokens, values), backend.load(scale_ref.at[tokens.at])), []
+        for block, state in zip(keys, state_NxP, strict=True):
+            _store(states_ref, block, values, state, first=(c,))
+            results.append(through * state + backend.dot(_load(y_ref, tokens, block), x_CxP, trans_a=True))
+        return results
 
-    state_PxN = jax.lax.fori_loop(0, chunks, of_chunk, _load(first_ref, values, keys))
-    _store(last_ref, values, keys, state_PxN)
+    state_NxP = jax.lax.fori_loop(0, chunks, of_chunk, [_load(first_ref, values, block).T for block in keys])
+    for block, state in zip(keys, state_NxP, strict=True):
+        _store(last_ref, values, block, state.T)
 
 
-def _gradients_kernel(
+def _by_head_kernel(
     q_ref, k_ref, v_ref, do_ref, high_ref, low_ref, from_start_ref, to_end_ref, through_ref, weight_ref, before_ref,
-    behind_ref, *refs, tile, shape, heads,
+    behind_ref, *refs, tile, shape,
 ):  # fmt: skip
-    *document_ref, dq_ref, dk_ref, dv_ref, dlog_decay_ref, dweight_ref = refs
+    """dv, the gradients of log decay and weight, of one chunk of one head."""
+    *document_ref, dv_ref, dlog_decay_ref, dweight_ref = refs
     (T, P, N), C, c = shape, tile.rows, pl.program_id(0)
-    keys, tokens = _all(N), _Span(c * C, C, T)
-    q_CxN, k_CxN = _load(q_ref, tokens, keys), _load(k_ref, tokens, keys)
-    dtype = q_CxN.dtype
-    products_CxC = backend.dot(q_CxN, k_CxN, trans_b=True)
+    tokens, blocks = _Span(c * C, C, T), pl.cdiv(N, KEYS)
+    row = lambda ref: backend.load(ref.at[tokens.at])
+    zeros_C, zeros_CxC = jnp.zeros(C, jnp.float32), jnp.zeros((C, C), jnp.float32)
+
+    def of_keys(n, scores_CxC):
+        q_CxN, k_CxN = (_load(ref, tokens, _block(n, N)) for ref in (q_ref, k_ref))
+        return scores_CxC + backend.dot(q_CxN, k_CxN, trans_b=True)
+
+    scores_CxC = jax.lax.fori_loop(0, blocks, of_keys, zeros_CxC)
+    scores_CxC *= _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+
+    def of_values(p, carry):
+        slopes_CxC, from_before_C, to_behind_C, across = carry
+        values = _Span(p * tile.columns, tile.columns, P)
+        zeros_CxP = jnp.zeros((C, tile.columns), jnp.float32)
+
+        def of_keys(n, carry):
+            o_CxP, dv_CxP, across = carry
+            block = _block(n, N)
+            before_NxP, behind_NxP = (_load(ref, block, values) for ref in (before_ref, behind_ref))
+            across += (before_NxP.astype(jnp.float32) * behind_NxP).sum(axis=1).sum(axis=0)
+            o_CxP += backend.dot(_load(q_ref, tokens, block), before_NxP)
+            return o_CxP, dv_CxP + backend.dot(_load(k_ref, tokens, block), behind_NxP), across
+
+        o_CxP, dv_CxP, across = jax.lax.fori_loop(0, blocks, of_keys, (zeros_CxP, zeros_CxP, across))
+        v_CxP, do_CxP = (_load(ref, tokens, values) for ref in (v_ref, do_ref))
+        from_before_C += (do_CxP * o_CxP).sum(axis=1)
+        dv_CxP *= row(to_end_ref)[:, None]
+        to_behind_C += (v_CxP * dv_CxP).sum(axis=1)
+        dv_CxP += backend.dot(scores_CxC.astype(do_CxP.dtype), do_CxP, trans_a=True)
+        _store(dv_ref, tokens, values, dv_CxP * row(weight_ref)[:, None])
+        return slopes_CxC + backend.dot(do_CxP, v_CxP, trans_b=True), from_before_C, to_behind_C, across
+
+    carry = zeros_CxC, zeros_C, zeros_C, jnp.float32(0)
+    carry = jax.lax.fori_loop(0, pl.cdiv(P, tile.columns), of_values, carry)
+    slopes_CxC, from_before_C, to_behind_C, across = carry
+    inner_CxC = scores_CxC * slopes_CxC
+    backend.store(dweight_ref.at[tokens.at], inner_CxC.sum(axis=0) + to_behind_C)
+    # What crosses token t, summand by summand; see scalar_decay_xla.log_decay_gradient.
     i_CxC, j_CxC = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    document_C = backend.load(document_ref[0].at[pl.ds(c * C, C)]) if document_ref else None
+    weight_C, dtype = row(weight_ref), q_ref.dtype
+    ends_CxT = backend.dot((inner_CxC * weight_C[None, :]).astype(dtype), (i_CxC < j_CxC).astype(dtype))
+    ends_CxT += (from_before_C * row(from_start_ref))[:, None]
+    crossing_CxT = jnp.where(i_CxC >= j_CxC, ends_CxT, (weight_C * to_behind_C)[:, None])
+    backend.store(dlog_decay_ref.at[tokens.at], crossing_CxT.sum(axis=0) + through_ref[c] * across)
+
+
+def _by_group_kernel(
+    q_ref, k_ref, v_ref, do_ref, high_ref, low_ref, from_start_ref, to_end_ref, weight_ref, before_ref, behind_ref, *refs,
+    tile, shape, heads,
+):  # fmt: skip
+    """dq and dk of one chunk and a block of keys."""
+    *document_ref, dq_ref, dk_ref = refs
+    (T, P, N), C, blocks = shape, tile.rows, pl.cdiv(shape[2], KEYS)
+    block, tokens = _block(pl.program_id(0) % blocks, N), _Span(pl.program_id(0) // blocks * C, C, T)
+    document_C = backend.load(document_ref[0].at[tokens.at]) if document_ref else None
+    zeros_CxC, zeros_CxN = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block.count), jnp.float32)
 
     def of_head(r, carry):
-        dq_CxN, dk_CxN, dproducts_CxC = carry
-        row = lambda ref: backend.load(ref.at[r, pl.ds(c * C, C)])
-        weight_C, from_start_C, to_end_C = row(weight_ref), row(from_start_ref), row(to_end_ref)
-        between_CxC = _between(row(high_ref), row(low_ref), document_C)
-        scores_CxC = products_CxC * between_CxC
+        row = lambda ref: backend.load(ref.at[r, tokens.at])
 
         def of_values(p, carry):
-            dq_CxN, dk_CxN, slopes_CxC, from_before_C, to_behind_C, across = carry
+            dq_CxN, dk_CxN, slopes_CxC = carry
             values = _Span(p * tile.columns, tile.columns, P)
             v_CxP, do_CxP = (_load(ref, tokens, values, head=(r,)) for ref in (v_ref, do_ref))
-            before_PxN, behind_PxN = (_load(ref, values, keys, first=(r,)) for ref in (before_ref, behind_ref))
-            across += (before_PxN.astype(jnp.float32) * behind_PxN).sum(axis=1).sum(axis=0)
             slopes_CxC += backend.dot(do_CxP, v_CxP, trans_b=True)
-            dq_CxN += backend.dot(_scaled(do_CxP, from_start_C), before_PxN)
-            from_before_C += (do_CxP * backend.dot(q_CxN, before_PxN, trans_b=True)).sum(axis=1)
-            dk_CxN += backend.dot(_scaled(v_CxP, weight_C * to_end_C), behind_PxN)
-            dv_CxP = to_end_C[:, None] * backend.dot(k_CxN, behind_PxN, trans_b=True)
-            to_behind_C += (v_CxP * dv_CxP).sum(axis=1)
-            dv_CxP += backend.dot(scores_CxC.astype(dtype), do_CxP, trans_a=True)
-            _store(dv_ref, tokens, values, dv_CxP * weight_C[:, None], head=(r,))
-            return dq_CxN, dk_CxN, slopes_CxC, from_before_C, to_behind_C, across
+            before_NxP, behind_NxP = (_load(ref, block, values, first=(r,)) for ref in (before_ref, behind_ref))
+            dq_CxN += backend.dot(_scaled(do_CxP, row(from_start_ref)), before_NxP, trans_b=True)
+            v_CxP = _scaled(v_CxP, row(weight_ref) * row(to_end_ref))
+            return dq_CxN, dk_CxN + backend.dot(v_CxP, behind_NxP, trans_b=True), slopes_CxC
 
-        zeros_C = jnp.zeros(C, jnp.float32)
-        carry = (dq_CxN, dk_CxN, jnp.zeros((C, C), jnp.float32), zeros_C, zeros_C, jnp.float32(0))
-        carry = jax.lax.fori_loop(0, pl.cdiv(P, tile.columns), of_values, carry)
-        dq_CxN, dk_CxN, slopes_CxC, from_before_C, to_behind_C, across = carry
-        inner_CxC = scores_CxC * slopes_CxC
-        backend.store(dweight_ref.at[r, pl.ds(c * C, C)], inner_CxC.sum(axis=0) + to_behind_C)
-        # What crosses token t, summand by summand; see scalar_decay_xla.log_decay_gradient.
-        begun_CxT = i_CxC < j_CxC
-        ends_CxT = backend.dot((inner_CxC * weight_C[None, :]).astype(dtype), begun_CxT.astype(dtype))
-        ends_CxT += (from_before_C * from_start_C)[:, None]
-        crossing_CxT = jnp.where(i_CxC >= j_CxC, ends_CxT, (weight_C * to_behind_C)[:, None])
-        dlog_decay_T = crossing_CxT.sum(axis=0) + through_ref[r, c] * across
-        backend.store(dlog_decay_ref.at[r, pl.ds(c * C, C)], dlog_decay_T)
-        return dq_CxN, dk_CxN, dproducts_CxC + slopes_CxC * between_CxC * weight_C[None, :]
+        dq_CxN, dk_CxN, dproducts_CxC = carry
+        carry = dq_CxN, dk_CxN, zeros_CxC
+        dq_CxN, dk_CxN, slopes_CxC = jax.lax.fori_loop(0, pl.cdiv(P, tile.columns), of_values, carry)
+        between_CxC = _between(row(high_ref), row(low_ref), document_C)
+        return dq_CxN, dk_CxN, dproducts_CxC + slopes_CxC * between_CxC * row(weight_ref)[None, :]
 
-    zeros_CxN = jnp.zeros((C, keys.count), jnp.float32)
-    carry = jax.lax.fori_loop(0, heads, of_head, (zeros_CxN, zeros_CxN, jnp.zeros((C, C), jnp.float32)))
+    carry = jax.lax.fori_loop(0, heads, of_head, (zeros_CxN, zeros_CxN, zeros_CxC))
     dq_CxN, dk_CxN, dproducts_CxC = carry
-    dproducts_CxC = dproducts_CxC.astype(dtype)
-    _store(dq_ref, tokens, keys, dq_CxN + backend.dot(dproducts_CxC, k_CxN))
-    _store(dk_ref, tokens, keys, dk_CxN + backend.dot(dproducts_CxC, q_CxN, trans_a=True))
+    dproducts_CxC = dproducts_CxC.astype(q_ref.dtype)
+    _store(dq_ref, tokens, block, dq_CxN + backend.dot(dproducts_CxC, _load(k_ref, tokens, block)))
+    _store(dk_ref, tokens, block, dk_CxN + backend.dot(dproducts_CxC, _load(q_ref, tokens, block), trans_a=True))
 
 
 def _per_token(d: Decays, weight_BxTxH):
@@ -247,10 +304,10 @@ def _like(x):
 
 
 def _states(tile, x_BxTxHxP, y_BxTxGxN, scale_BxHxL, through_BxHxn, first_BxHxPxN, backwards: bool, interpret: bool):
-    """(the states before each chunk in walking order, (B, H, n, P, N) in the dtype of x; the last one in fp32)."""
+    """(the states before each chunk in walking order, (B, H, n, N, P) in the dtype of x; the last one in fp32)."""
     (B, T, G, N), (H, P) = y_BxTxGxN.shape, x_BxTxHxP.shape[2:]
     arrays = (x_BxTxHxP, y_BxTxGxN, scale_BxHxL, through_BxHxn, first_BxHxPxN)
-    states = jax.ShapeDtypeStruct((B, H, pl.cdiv(T, tile.rows), P, N), x_BxTxHxP.dtype)
+    states = jax.ShapeDtypeStruct((B, H, pl.cdiv(T, tile.rows), N, P), x_BxTxHxP.dtype)
     by_head = lambda x: _of_head(x, 0, 1, 1)
     return backend.call(
         functools.partial(_states_kernel, tile=tile, shape=(T, P, N), backwards=backwards),
@@ -268,24 +325,40 @@ def backward(
 ):  # fmt: skip
     """The gradients of the first six, in their dtypes."""
     (B, T, G, N), (H, P) = q_BxTxGxN.shape, v_BxTxHxP.shape[2:]
-    R, tiles = H // G, tiles_for(v_BxTxHxP, N)
-    tile = tiles.gradients
-    d = decays(log_decay_BxTxH, resets_BxT, tile.rows)
+    R, tiles, shape = H // G, tiles_for(v_BxTxHxP, N), (T, P, N)
+    C = tiles.states.rows
+    d = decays(log_decay_BxTxH, resets_BxT, C)
     arrays, documents = _per_token(d, weight_BxTxH)
     walk = functools.partial(_states, tiles.states, interpret=interpret)
     before, _ = walk(v_BxTxHxP, k_BxTxGxN, arrays[-1] * d.to_end_BxHxL, d.through_BxHxn, h_BxHxPxN, False)
     behind, dh = walk(do_BxTxHxP, q_BxTxGxN, d.from_start_BxHxL, d.through_BxHxn, dh_BxHxPxN, True)
-    keys = pl.BlockSpec((None, T, None, N), lambda c, g, b: (b, 0, g, 0))
-    values = pl.BlockSpec((None, T, R, P), lambda c, g, b: (b, 0, g, 0))
-    tokens = [pl.BlockSpec((None, R, x.shape[2]), lambda c, g, b: (b, g, 0)) for x in arrays]
-    state = pl.BlockSpec((None, R, None, P, N), lambda c, g, b: (b, g, c, 0, 0))
-    document_specs = [pl.BlockSpec((None, x.shape[1]), lambda c, g, b: (b, 0)) for x in documents]
-    *gradients, dg_BxHxL, dw_BxHxL = backend.call(
-        functools.partial(_gradients_kernel, tile=tile, shape=(T, P, N), heads=R),
-        grid=(pl.cdiv(T, tile.rows), G, B),
-        in_specs=[keys, keys, values, values, *tokens, state, state, *document_specs],
-        out_specs=[keys, keys, values, tokens[0], tokens[0]],
-        out_shape=[*map(_like, (q_BxTxGxN, k_BxTxGxN, v_BxTxHxP)), _like(arrays[0]), _like(arrays[0])],
-        tile=tile, interpret=interpret, name="scalar_decay_gradients",
-    )(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, do_BxTxHxP, *arrays, before, behind, *documents)  # fmt: skip
-    return *gradients, *(x_BxHxL[..., :T].swapaxes(1, 2) for x_BxHxL in (dg_BxHxL, dw_BxHxL)), dh
+
+    by_head, values = lambda x: _of_head(x, 0, 1, 1), _of_head(v_BxTxHxP, 0, 2, 1)
+    state = pl.BlockSpec((None, None, None, N, P), lambda c, h, b: (b, h, c, 0, 0))
+    keys = _of_head(q_BxTxGxN, 0, 2, R)
+    document_specs = [_of_head(x, 0, None, 1) for x in documents]
+    inputs = (q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, do_BxTxHxP)
+    dv, dg_BxHxL, dw_BxHxL = backend.call(
+        functools.partial(_by_head_kernel, tile=tiles.by_head, shape=shape),
+        grid=(pl.cdiv(T, C), H, B),
+        in_specs=[keys, keys, values, values, *map(by_head, arrays), state, state, *document_specs],
+        out_specs=[values, by_head(arrays[0]), by_head(arrays[0])],
+        out_shape=[_like(v_BxTxHxP), _like(arrays[0]), _like(arrays[0])],
+        tile=tiles.by_head, interpret=interpret, name="scalar_decay_by_head",
+    )(*inputs, *arrays, before, behind, *documents)  # fmt: skip
+
+    blocks = pl.cdiv(N, KEYS)
+    values = pl.BlockSpec((None, T, R, P), lambda i, g, b: (b, 0, g, 0))
+    tokens = pl.BlockSpec((None, R, arrays[0].shape[2]), lambda i, g, b: (b, g, 0))
+    state = pl.BlockSpec((None, R, None, N, P), lambda i, g, b: (b, g, i // blocks, 0, 0))
+    keys = _of_head(q_BxTxGxN, 0, 2, 1)
+    rows = (*arrays[:4], arrays[-1])
+    dq, dk = backend.call(
+        functools.partial(_by_group_kernel, tile=tiles.by_group, shape=shape, heads=R),
+        grid=(pl.cdiv(T, C) * blocks, G, B),
+        in_specs=[keys, keys, values, values, *[tokens] * len(rows), state, state, *document_specs],
+        out_specs=[keys, keys],
+        out_shape=[_like(q_BxTxGxN), _like(k_BxTxGxN)],
+        tile=tiles.by_group, interpret=interpret, name="scalar_decay_by_group",
+    )(*inputs, *rows, before, behind, *documents)  # fmt: skip
+    return dq, dk, dv, *(x_BxHxL[..., :T].swapaxes(1, 2) for x_BxHxL in (dg_BxHxL, dw_BxHxL)), dh
