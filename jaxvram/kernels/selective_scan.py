@@ -101,7 +101,7 @@ def _obstacle(x, dt, B, C, z, N) -> str | None:
         if array is not None and array.dtype not in KERNEL_DTYPES:
             return f"{name}: dtype {array.dtype} is not one of bfloat16, float16, float32"
     if N > kernels.MOST_STATES:
-        return f"A: {N} states a channel are more than the {kernels.MOST_STATES} that registers hold"
+        return f"A: {N} states a channel are more than the {kernels.MOST_STATES} that a program holds"
     return None
 
 

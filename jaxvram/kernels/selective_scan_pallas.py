@@ -1,6 +1,7 @@
 """The selective scan as Pallas kernels: each program walks along time with the states of one sequence's few channels.
 
-The states are a tile (N, E): a thread has all N states of its channels, so that sums over N stay in its registers. Steps
+The states are a tile (N, E) in registers. Triton gives a thread every fourth state of 4 channels, which is the cheapest for
+sums over N and over E together: 48 shuffles a warp and step backward, where whole columns of states would take 160. Steps
 come in groups that are unrolled; a group's rows are read before its first step.
 
 Forward: one walk, which leaves the state before every chunk. Backward, chunk by chunk from the last: walk through the chunk
@@ -24,20 +25,22 @@ from jaxvram.kernels import backend
 from jaxvram.kernels.backend import LOG2_E, Tile
 from jaxvram.kernels.selective_scan_xla import CHUNK, Inputs, discretise
 
-# Steps a group x channels a program. A warp has 32 channels; more warps share the partial sums of dB and dC. Found by
-# compiling for sm_89: the longest groups that spill nothing with up to 16 states.
+# Steps a group x channels a program: one warp for 32 channels of up to 16 states. Few channels make many programs, which
+# 8 x 1536 channels are for 46 multiprocessors: 384 of one warp, 8 side by side. Found by compiling for sm_89: the longest
+# groups that spill nothing.
 FORWARD = Tile(8, 32, 1, 1)
 BACKWARD = Tile(2, 32, 1, 1)
-APART = 2  # groups from one state in scratch memory to the next: the scratch of all programs should stay in the L2 cache
+STATES_PER_THREAD = 16
+APART = 2  # groups from one state in scratch memory to the next, so that all programs' scratch stays in the L2 cache
 PARTIALS_BUDGET = 128 * 2**20  # bytes of dB's and dC's partial sums, above which a program takes more channels
 MOST_CHANNELS = 128
 MOST_STATES = 64
 
 
 def tile_for(table: Tile, B: int, T: int, E: int, N: int) -> Tile:
-    """`table`: FORWARD or BACKWARD; shorter groups for more states, and backward as many channels as the budget asks for."""
-    states = padded(N)
-    tile = dataclasses.replace(table, rows=max(1, min(table.rows, table.rows * 16 // states)))
+    """`table`: FORWARD or BACKWARD; more warps for more states, and backward as many channels as the budget asks for."""
+    more = max(1, padded(N) // STATES_PER_THREAD)
+    tile = dataclasses.replace(table, warps=table.warps * more, rows=table.rows if more == 1 else max(2, table.rows // 2))
     while table is BACKWARD and tile.columns < MOST_CHANNELS and partial_bytes(tile, B, T, E, N) > PARTIALS_BUDGET:
         tile = dataclasses.replace(tile, columns=2 * tile.columns, warps=2 * tile.warps)
     return tile

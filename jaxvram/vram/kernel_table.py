@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas
+from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas, selective_scan_pallas
 from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
+from jaxvram.kernels.selective_scan import selective_scan
 from jaxvram.vram.cards import Card
 from jaxvram.vram.compile import compile_for
 
@@ -75,6 +76,25 @@ def cross_entropy_probe(what: str, N, D, V) -> Probe:
     return Probe(f"{what} {N} x {D}, vocabulary {V} (dlogits: {C} rows)", fn, args, work)
 
 
+def selective_scan_probe(what: str, B, T, E, N) -> Probe:
+    """bf16, gated. It has no products for tensor cores: its limits are bytes, and the exponentials that bytes hide."""
+    spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
+    tables = selective_scan_pallas.FORWARD, selective_scan_pallas.BACKWARD
+    forward, backward = (selective_scan_pallas.tile_for(table, B, T, E, N) for table in tables)
+    channels, tokens, states = B * T * E, B * T * N, 4 * B * -(-T // selective_scan_pallas.CHUNK) * E * N
+    partials = selective_scan_pallas.partial_bytes(backward, B, T, E, N)
+    work = {
+        "selective_scan_forward": Work(forward, 0, 8 * channels + 4 * tokens + states),
+        "selective_scan_backward": Work(backward, 0, 14 * channels + 4 * tokens + states + partials),
+    }
+    args = (
+        spec((B, T, E), bf16), spec((B, T, E), bf16), spec((E, N), f32), spec((B, T, N), bf16), spec((B, T, N), bf16),
+        spec((E,), f32), spec((B, T, E), bf16),
+    )  # fmt: skip
+    fn = jax.value_and_grad(lambda *a: selective_scan(*a)[0].astype(f32).sum(), tuple(range(len(args))))
+    return Probe(f"{what} {B}x{T}, {E} channels of {N} states", fn, args, work)
+
+
 def probes() -> list[Probe]:
     return [
         attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
@@ -84,6 +104,7 @@ def probes() -> list[Probe]:
         attention_probe("Gemma 2, window and cap", 1, 2048, 2048, 8, 4, 256, window=1024, soft_cap=50.0),
         attention_probe("one token to a cache", 1, 1, 8192, 32, 8, 128, backward=False, causal=False),
         cross_entropy_probe("GPT-2", 8192, 768, 50304),
+        selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
     ]
 
 
