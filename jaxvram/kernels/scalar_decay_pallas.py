@@ -21,7 +21,6 @@ from jaxvram.kernels import backend
 from jaxvram.kernels.backend import HIDDEN, Tile
 from jaxvram.kernels.scalar_decay_xla import Decays, decays
 
-
 KEYS = 64  # of the state at a time: an operand as wide as a whole key would not fit in registers
 
 
@@ -39,14 +38,14 @@ class Tiles:
 
 
 BF16 = {
-    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
-    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
-    256: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    128: Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    256: Tiles(Tile(64, 16, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
 }
 FP32 = {
     64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    128: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    256: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
 
 
@@ -120,6 +119,17 @@ def _sum(products):
     return functools.reduce(jnp.add, products)
 
 
+def _products(q_ref, k_ref, tokens: _Span, N: int):
+    """q k^T of a chunk. In a loop: unrolled, the operands of all blocks would be in registers at once."""
+
+    def of_block(n, products_CxC):
+        q_CxN, k_CxN = (_load(ref, tokens, _block(n, N)) for ref in (q_ref, k_ref))
+        return products_CxC + backend.dot(q_CxN, k_CxN, trans_b=True)
+
+    zeros_CxC = jnp.zeros((tokens.count, tokens.count), jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(N, KEYS), of_block, zeros_CxC)
+
+
 def _forward_kernel(
     q_ref, k_ref, v_ref, high_ref, low_ref, from_start_ref, to_end_ref, through_ref, weight_ref, h_ref, *refs, tile, shape
 ):  # fmt: skip
@@ -136,8 +146,8 @@ def _forward_kernel(
         blocks = list(zip(keys, h_NxP, strict=True))
         o_CxP = _sum(backend.dot(key(q_ref, block), h.astype(v_CxP.dtype)) for block, h in blocks)
         o_CxP *= row(from_start_ref)[:, None]
-        scores_CxC = _sum(backend.dot(key(q_ref, block), key(k_ref, block), trans_b=True) for block in keys)
-        scores_CxC *= _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+        between_CxC = _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+        scores_CxC = _products(q_ref, k_ref, tokens, N) * between_CxC
         o_CxP += backend.dot((scores_CxC * weight_C[None, :]).astype(v_CxP.dtype), v_CxP)
         _store(o_ref, tokens, values, o_CxP)
         scaled_CxP = _scaled(v_CxP, weight_C * row(to_end_ref))
@@ -180,12 +190,8 @@ def _by_head_kernel(
     row = lambda ref: backend.load(ref.at[tokens.at])
     zeros_C, zeros_CxC = jnp.zeros(C, jnp.float32), jnp.zeros((C, C), jnp.float32)
 
-    def of_keys(n, scores_CxC):
-        q_CxN, k_CxN = (_load(ref, tokens, _block(n, N)) for ref in (q_ref, k_ref))
-        return scores_CxC + backend.dot(q_CxN, k_CxN, trans_b=True)
-
-    scores_CxC = jax.lax.fori_loop(0, blocks, of_keys, zeros_CxC)
-    scores_CxC *= _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+    between_CxC = _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
+    scores_CxC = _products(q_ref, k_ref, tokens, N) * between_CxC
 
     def of_values(p, carry):
         slopes_CxC, from_before_C, to_behind_C, across = carry
