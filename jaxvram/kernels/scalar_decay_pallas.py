@@ -39,7 +39,7 @@ class Tiles:
 
 BF16 = {
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
-    128: Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    128: Tiles(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     256: Tiles(Tile(64, 16, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
 }
 FP32 = {
@@ -142,13 +142,13 @@ def _forward_kernel(
         tokens, through = _Span(c * C, C, T), through_ref[c]
         row = lambda ref: backend.load(ref.at[tokens.at])
         key = lambda ref, block: _load(ref, tokens, block)
-        weight_C, v_CxP = row(weight_ref), _load(v_ref, tokens, values)
         blocks = list(zip(keys, h_NxP, strict=True))
-        o_CxP = _sum(backend.dot(key(q_ref, block), h.astype(v_CxP.dtype)) for block, h in blocks)
-        o_CxP *= row(from_start_ref)[:, None]
         between_CxC = _between(row(high_ref), row(low_ref), row(document_ref[0]) if document_ref else None)
         scores_CxC = _products(q_ref, k_ref, tokens, N) * between_CxC
-        o_CxP += backend.dot((scores_CxC * weight_C[None, :]).astype(v_CxP.dtype), v_CxP)
+        weight_C, v_CxP = row(weight_ref), _load(v_ref, tokens, values)
+        own_CxP = backend.dot((scores_CxC * weight_C[None, :]).astype(v_CxP.dtype), v_CxP)
+        o_CxP = _sum(backend.dot(key(q_ref, block), h.astype(v_CxP.dtype)) for block, h in blocks)
+        o_CxP = o_CxP * row(from_start_ref)[:, None] + own_CxP
         _store(o_ref, tokens, values, o_CxP)
         scaled_CxP = _scaled(v_CxP, weight_C * row(to_end_ref))
         return [through * h + backend.dot(key(k_ref, block), scaled_CxP, trans_a=True) for block, h in blocks]
