@@ -28,6 +28,7 @@ class CausalConv(nn.Module):
 
     width: int
     param_dtype: str
+    kernels: str = "auto"  # implementation of kernels/causal_conv.py
 
     @nn.compact
     def __call__(self, x_BxTxE, tail_BxVxE, resets_BxT):
@@ -35,4 +36,4 @@ class CausalConv(nn.Module):
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         kernel_WxE = self.param("kernel", uniform, (self.width, E), self.param_dtype)
         bias_E = self.param("bias", uniform, (E,), self.param_dtype)
-        return causal_conv(x_BxTxE, kernel_WxE, bias_E, tail_BxVxE, resets_BxT)
+        return causal_conv(x_BxTxE, kernel_WxE, bias_E, tail_BxVxE, resets_BxT, implementation=self.kernels)

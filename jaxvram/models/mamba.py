@@ -84,7 +84,7 @@ class MambaMixer(nn.Module):
         dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         uniform = fan_in_uniform()
         x_BxTxE, z_BxTxE = jnp.split(dense(2 * E, kernel_init=uniform, name="in_proj")(u_BxTxD), 2, axis=-1)
-        conv = CausalConv(cfg.d_conv, cfg.param_dtype, name="conv1d")
+        conv = CausalConv(cfg.d_conv, cfg.param_dtype, cfg.kernels, name="conv1d")
         x_BxTxE, tail = conv(x_BxTxE, state.tail_BxVxE if state else None, resets_BxT)
         dt_B_C = dense(R + 2 * N, kernel_init=uniform, name="x_proj")(x_BxTxE)
         dt_BxTxR, B_BxTxN, C_BxTxN = jnp.split(dt_B_C, (R, R + N), axis=-1)

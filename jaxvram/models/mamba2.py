@@ -93,7 +93,7 @@ class Mamba2Mixer(nn.Module):
         dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         zxBCdt = dense(E + F + H, kernel_init=fan_in_uniform(), name="in_proj")(u_BxTxD)
         z_BxTxE, xBC_BxTxF, dt_BxTxH = jnp.split(zxBCdt, (E, E + F), axis=-1)
-        conv = CausalConv(cfg.d_conv, cfg.param_dtype, name="conv1d")
+        conv = CausalConv(cfg.d_conv, cfg.param_dtype, cfg.kernels, name="conv1d")
         xBC_BxTxF, tail = conv(xBC_BxTxF, state.tail_BxVxF if state else None, resets_BxT)
         x_BxTxE, B_BxTxGN, C_BxTxGN = jnp.split(xBC_BxTxF, (E, E + G * N), axis=-1)
         delta_BxTxH = jax.nn.softplus(dt_BxTxH.astype(jnp.float32) + self.param("dt_bias", step_bias(), (H,)))
@@ -130,7 +130,9 @@ class GatedNorm(nn.Module):
         @jax.checkpoint
         def gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E):
             y_BxTxE = (y_BxTxHxP + D_H[:, None] * x_BxTxHxP).reshape(z_BxTxE.shape)  # D is fp32, so is the sum
+            # Written down for the norm, which reads it twice; XLA would take the liberty to do so in fp32.
             y_BxTxE = y_BxTxE * jax.nn.silu(z_BxTxE.astype(jnp.float32))
+            y_BxTxE = jax.lax.optimization_barrier(y_BxTxE.astype(self.dtype))
             parts = y_BxTxE.reshape(*y_BxTxE.shape[:-1], self.groups, E // self.groups)
             return rms_norm(parts, scale_E.reshape(self.groups, -1), 1e-5, self.dtype).reshape(y_BxTxE.shape)
 

@@ -1,5 +1,6 @@
 """The causal convolution: equal to its definition and to PyTorch's, forward and every gradient; keeps its inputs alone."""
 
+import functools
 import importlib.util
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from proof import CARDS, Case, check_machine_code, check_transforms
 from quick import relative_error
 
 from jaxvram.kernels.causal_conv import causal_conv, causal_conv_reference
@@ -30,14 +32,16 @@ def all_of(f, args):
 @pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize("resets_at", [None, (), (0,), (1, 2, 9), (12,)], ids=str)
 @pytest.mark.parametrize("with_tail", [False, True])
-def test_definition(W, resets_at, with_tail):
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_definition(W, resets_at, with_tail, implementation):
     resets = None
     if resets_at is not None:
         resets = np.zeros((B, T), bool)
         resets[1, list(resets_at)] = True
     args = arrays(W) if with_tail else arrays(W)[:3]
     call = lambda f: lambda x, k, b, tail=None: f(x, k, b, tail, resets)
-    for got, want in zip(all_of(call(causal_conv), args), all_of(call(causal_conv_reference), args), strict=True):
+    conv = functools.partial(causal_conv, implementation=implementation)
+    for got, want in zip(all_of(call(conv), args), all_of(call(causal_conv_reference), args), strict=True):
         assert relative_error(got, want) < 2e-6
 
 
@@ -78,3 +82,48 @@ def test_torch():
         torch.tensor(np.asarray(x)).mT, torch.tensor(kernel.T[:, None]), torch.tensor(bias), padding=3, groups=E
     )[..., :T]
     np.testing.assert_allclose(causal_conv(x, kernel, bias)[0], torch.nn.functional.silu(conv).mT.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_machine_code(card, documents):
+    """Mamba-130M's, forward and backward."""
+    spec = jax.ShapeDtypeStruct
+    x, resets = spec((8, 2048, 1536), jnp.bfloat16), spec((8, 2048), jnp.bool_)
+    args = (x, spec((4, 1536), jnp.float32), spec((1536,), jnp.float32), spec((8, 3, 1536), jnp.bfloat16), resets)
+
+    def loss(x, kernel, bias, tail, resets):
+        return causal_conv(x, kernel, bias, tail, resets if documents else None)[0].astype(jnp.float32).sum()
+
+    names = {"causal_conv_forward", "causal_conv_backward"}
+    check_machine_code(jax.value_and_grad(loss, (0, 1, 2, 3)), args, card, names, tensor_cores=False)
+
+
+def test_transforms():
+    """Under jit, vmap, scan and remat."""
+    resets = np.zeros((B, T), bool)
+    resets[0, 4] = True
+    check_transforms(Case(
+        make=lambda random, dtype: arrays(dtype=dtype),
+        call=lambda implementation, *a: causal_conv(*a, resets_BxT=resets, implementation=implementation),
+        reference=lambda *a: causal_conv_reference(*a, resets_BxT=resets),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 70])
+def test_lengths_round_a_tile(length):
+    """Shorter than the convolution, and longer than a program's tile."""
+    random = np.random.RandomState(3)
+    x, tail = (random.normal(size=(1, n, E)).astype(np.float32) for n in (length, 3))
+    _, kernel, bias, _ = arrays()
+    interpret = functools.partial(causal_conv, implementation="interpret")
+    for got, want in zip(
+        all_of(interpret, (x, kernel, bias, tail)), all_of(causal_conv_reference, (x, kernel, bias, tail)), strict=True
+    ):
+        assert relative_error(got, want) < 2e-6
+
+
+def test_what_does_not_belong_together():
+    x, kernel, bias, _ = arrays()
+    with pytest.raises(ValueError, match=r"causal_conv: x \(2, 13, 5\), kernel \(4, 5\) and bias \(4,\)"):
+        causal_conv(x, kernel, bias[:4])
