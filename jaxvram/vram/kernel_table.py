@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas, selective_scan_pallas
+from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas, scalar_decay_pallas, selective_scan_pallas
 from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
+from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
 from jaxvram.vram.cards import Card
 from jaxvram.vram.compile import compile_for
@@ -95,6 +96,31 @@ def selective_scan_probe(what: str, B, T, E, N) -> Probe:
     return Probe(f"{what} {B}x{T}, {E} channels of {N} states", fn, args, work)
 
 
+def scalar_decay_probe(what: str, B, T, G, H, P, N) -> Probe:
+    """bf16, with weights. States and their gradients at the chunks' ends go through memory in the backward pass."""
+    spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
+    v, k, g = spec((B, T, H, P), bf16), spec((B, T, G, N), bf16), spec((B, T, H), f32)
+    tiles = scalar_decay_pallas.tiles_for(v, N)
+    C, tokens = tiles.states.rows, B * T * H
+    values, keys, rows = 2 * tokens * P, 2 * B * T * G * N, 4 * tokens
+    states = 2 * B * H * -(-T // C) * N * P
+    per_pair, per_state = 2 * tokens * C, 2 * tokens * N * P  # FLOPs of a product of two tokens, by width; with a state
+    walk = Work(tiles.states, per_state, values + keys + rows + states)
+    work = {
+        "scalar_decay_forward": Work(tiles.forward, per_pair * (N + P) + 2 * per_state, 2 * values + 2 * keys + 5 * rows),
+        "scalar_decay_states_from_start": walk,
+        "scalar_decay_states_from_end": walk,
+        "scalar_decay_by_head": Work(
+            tiles.by_head, per_pair * (N + 2 * P + C) + 2 * per_state, 3 * values + 2 * keys + 7 * rows + 2 * states
+        ),
+        "scalar_decay_by_group": Work(
+            tiles.by_group, per_pair * (P + 2 * N * G // H) + 2 * per_state, 2 * values + 4 * keys + 5 * rows + 2 * states
+        ),
+    }
+    fn = jax.value_and_grad(lambda *a: scalar_decay(*a)[0].astype(f32).sum(), tuple(range(5)))
+    return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, (k, k, v, g, g), work)
+
+
 def probes() -> list[Probe]:
     return [
         attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
@@ -105,6 +131,7 @@ def probes() -> list[Probe]:
         attention_probe("one token to a cache", 1, 1, 8192, 32, 8, 128, backward=False, causal=False),
         cross_entropy_probe("GPT-2", 8192, 768, 50304),
         selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
+        scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
     ]
 
 
