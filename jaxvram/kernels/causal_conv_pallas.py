@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import Tile
 
-TILE = Tile(32, 64, 4, 1)
+TILE = Tile(16, 64, 4, 1)
 
 
 class _Inputs:

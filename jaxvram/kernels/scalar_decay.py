@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxvram.kernels import backend, scalar_decay_pallas, scalar_decay_xla
 
-LARGEST_KEY = 256
+LARGEST_KEY = 128
 FEW = 16  # tokens up to which 'auto' is XLA: a kernel's tile of a chunk would be all padding
 
 

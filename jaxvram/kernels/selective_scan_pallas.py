@@ -30,16 +30,16 @@ from jaxvram.kernels.selective_scan_xla import CHUNK, Inputs, discretise
 # groups that spill nothing.
 FORWARD = Tile(8, 32, 1, 1)
 BACKWARD = Tile(2, 32, 1, 1)
-STATES_PER_THREAD = 16
+STATES_PER_THREAD = 8  # where there are more than 16
 APART = 2  # groups from one state in scratch memory to the next, so that all programs' scratch stays in the L2 cache
 PARTIALS_BUDGET = 128 * 2**20  # bytes of dB's and dC's partial sums, above which a program takes more channels
 MOST_CHANNELS = 128
-MOST_STATES = 64
+MOST_STATES = 32
 
 
 def tile_for(table: Tile, B: int, T: int, E: int, N: int) -> Tile:
     """`table`: FORWARD or BACKWARD; more warps for more states, and backward as many channels as the budget asks for."""
-    more = max(1, padded(N) // STATES_PER_THREAD)
+    more = 1 if padded(N) <= 16 else padded(N) // STATES_PER_THREAD
     tile = dataclasses.replace(table, warps=table.warps * more, rows=table.rows if more == 1 else max(2, table.rows // 2))
     while table is BACKWARD and tile.columns < MOST_CHANNELS and partial_bytes(tile, B, T, E, N) > PARTIALS_BUDGET:
         tile = dataclasses.replace(tile, columns=2 * tile.columns, warps=2 * tile.warps)

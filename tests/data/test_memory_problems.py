@@ -67,5 +67,5 @@ def test_impossible_settings(name, fields, message):
 
 
 def test_the_models_context_is_the_sequences():
-    with pytest.raises(UserError, match="model.block_size=20 does not fit the copying problem: set it to 36"):
+    with pytest.raises(UserError, match=r"model.block_size=20 does not fit the copying problem: set it to 36"):
         source("copying", 20, length=20)

@@ -68,7 +68,7 @@ def test_programs_take_more_channels_where_partial_sums_would_be_large():
     assert tile(1, 2**20, 1536, 16).columns == 128  # and no more, whatever they come to
     assert kernels.partial_bytes(tile(8, 2048, 1536, 16), 8, 2048, 1536, 16) == 2 * 4 * 48 * 8 * 2048 * 16
     assert kernels.tile_for(kernels.FORWARD, 1, 2**20, 1536, 16).columns == 32
-    assert tile(8, 2048, 1536, 64).warps == 4 * tile(8, 2048, 1536, 64).columns // 32
+    assert tile(8, 2048, 1536, 32).warps == 4 * tile(8, 2048, 1536, 32).columns // 32
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_programs_take_more_channels_where_partial_sums_would_be_large():
         ({"resets_BxT": np.zeros((7,), bool)}, r"resets \(7,\) for"),
         ({"implementation": "cuda"}, "implementation='cuda' is none of"),
         ({"x_BxTxE": jnp.zeros((2, 7, 8), jnp.float8_e4m3fn), "implementation": "pallas"}, "x: dtype float8_e4m3fn is not"),
-        (MANY_STATES | {"implementation": "pallas"}, "A: 99 states a channel are more than the 64"),
+        (MANY_STATES | {"implementation": "pallas"}, "A: 99 states a channel are more than the 32"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_told(change, message):
@@ -105,7 +105,7 @@ def test_machine_code(card):
         ((2, 1001, 100, 5), True, jnp.bfloat16),
         ((8, 2047, 1536, 16), True, jnp.float32),
         ((1, 65536, 1536, 16), False, jnp.bfloat16),
-        ((2, 512, 96, 64), True, jnp.bfloat16),
+        ((2, 512, 96, 32), True, jnp.bfloat16),
     ],
 )
 def test_machine_code_of_odd_sizes(sizes, resets, dtype):

@@ -1,0 +1,159 @@
+"""A training step of a tiny Mamba, jaxvram beside transformers' PyTorch; then the time of a sampled token by context.
+
+  python benchmarks/cpu_mamba.py                  # three minutes; needs torch and transformers
+  python benchmarks/cpu_mamba.py --model=mamba2
+
+4 layers of 128, a vocabulary of 256, 8 x 256 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
+transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, with torch's default
+AdamW and with its fused one. How sides are compared and what the columns mean: side_by_side.py. Sampling times are those of
+a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's of the same width with its cache.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import side_by_side  # noqa: E402
+
+B, T, V = 8, 256, 256
+TOLERANCE = 2e-5  # relative, of each loss
+CONTEXTS = (1024, 8192, 65536)
+
+
+def load_recipe(model: str):
+    from jaxvram import recipe
+    from jaxvram.vram.compile import settle_platform
+
+    settle_platform()
+    built = recipe.build(*recipe.load(f"{ROOT / 'configs' / model}.py:tiny"))
+    cfg = dataclasses.replace(built.model, vocab_size=V, block_size=T, n_layer=4, n_embd=128, reset_token=-1)
+    train = dataclasses.replace(built.train, batch_size=B, microbatch_size=0, steps=1000)
+    optimizer = dataclasses.replace(built.optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0)
+    return dataclasses.replace(built, model=cfg, train=train, optimizer=optimizer)
+
+
+def batch_of(n: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(n).integers(V, size=(B, T + 1), dtype=np.int32)
+    return {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}
+
+
+def torch_side(recipe, params, fused: bool):
+    """transformers' model, from a folder that we export."""
+    import torch
+    import transformers
+
+    from jaxvram import convert, models
+
+    torch.set_num_threads(os.cpu_count())
+    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[models.name_of(recipe.model)]
+    with tempfile.TemporaryDirectory() as folder:
+        convert.converter(recipe.model).save(params, recipe.model, pathlib.Path(folder) / "model")
+        model = getattr(transformers, cls).from_pretrained(pathlib.Path(folder) / "model").train()
+    cfg = recipe.optimizer
+    decayed = ("proj.weight", "conv1d.weight", "embeddings.weight")
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n.endswith(decayed)], "weight_decay": cfg.groups["decayed"].weight_decay},
+        {"params": [p for n, p in named if not n.endswith(decayed)], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.b1, cfg.b2), eps=cfg.eps, fused=fused or None)
+
+    def run(batches):
+        losses = []
+        for batch in batches:
+            tokens, targets = (torch.from_numpy(batch[name]).long() for name in ("tokens", "targets"))
+            logits = model(input_ids=tokens, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        return losses
+
+    return run
+
+
+def make(side: str, weights, model: str):
+    """See side_by_side.serve."""
+    recipe = load_recipe(model)
+    if side != "jaxvram":
+        return torch_side(recipe, weights, fused=side == "torch fused"), batch_of, None
+    import jax
+
+    from jaxvram import models
+    from jaxvram.tasks.language import LanguageTask
+
+    task = LanguageTask(models.build(recipe.model), None, recipe.task, recipe.sample)
+    params = jax.device_get(task.init(jax.random.key(0)))
+    return side_by_side.jaxvram_side(recipe, task, params), batch_of, params
+
+
+def sampling_times(model: str, new_tokens: int = 128, rounds: int = 7) -> dict[str, dict[int, float]]:
+    """Milliseconds a token and sequence of the decoding loop after so many tokens; the state is filled with zeros."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxvram import models
+    from jaxvram.models.gpt2 import GPT2Config
+
+    ours = load_recipe(model).model
+    found = {}
+    for context in CONTEXTS:
+        gpt2 = GPT2Config(vocab_size=V, block_size=context + new_tokens, n_layer=4, n_head=4, n_embd=128, dtype="float32")
+        for name, cfg in ((model, ours), ("gpt2", gpt2)):
+            net = models.build(cfg)
+            params = net.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+            state = net.apply({"params": params}, 1, method="initial_state")
+            if name == "gpt2":
+                state = dataclasses.replace(state, length=jnp.full_like(state.length, context))
+
+            @functools.partial(jax.jit, static_argnums=0)
+            def decode(net, params, state):
+                def step(carry, _):
+                    token, state = carry
+                    hidden, state = net.apply({"params": params}, token, state)
+                    head = net.apply({"params": params}, method="head_VxD")
+                    return ((hidden @ head.T).argmax(-1).astype(jnp.int32), state), None
+
+                return jax.lax.scan(step, (jnp.zeros((1, 1), jnp.int32), state), None, length=new_tokens)[0]
+
+            jax.block_until_ready(decode(net, params, state))
+            seconds = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                jax.block_until_ready(decode(net, params, state))
+                seconds.append((time.perf_counter() - start) / new_tokens)
+            found.setdefault(name, {})[context] = round(1e3 * statistics.median(seconds), 3)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("mamba", "mamba2"), default="mamba")
+    model = parser.parse_known_args()[0].model
+    args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
+    about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}
+    side_by_side.benchmark(functools.partial(make, model=model), args, about, B * T, "tokens", TOLERANCE)
+    times = sampling_times(model)
+    print("\nms a sampled token after" + "".join(f"{n:>10,}" for n in CONTEXTS))
+    for name, row in times.items():
+        print(f"{name:24s}" + "".join(f"{row[n]:10.3f}" for n in CONTEXTS))
+    result = json.loads(args.out.read_text()) | {"sampling_ms_a_token": times}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    main()
