@@ -42,7 +42,8 @@ BF16 = {
     128: Tiles(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
 }
 # bf16: masks at the edges take registers, and so does a loop over values
-UNEVEN = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1))
+UNEVEN = Tiles(*[Tile(32, 32, 4, 1)] * 4)
+WIDE = dataclasses.replace(UNEVEN, by_head=Tile(32, 16, 4, 1))
 FP32 = {
     64: Tiles(Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1)),
     128: Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
@@ -53,7 +54,7 @@ def tiles_for(v_BxTxHxP, N: int) -> Tiles:
     (_, T, _, P), table = v_BxTxHxP.shape, FP32 if v_BxTxHxP.dtype == jnp.float32 else BF16
     tiles = table[max(64, backend.power_of_two(N))]
     if table is BF16 and (T % 64 or P not in (32, 64) or N % 64):
-        tiles = UNEVEN
+        tiles = WIDE if P > 64 else UNEVEN
     fit = lambda tile: dataclasses.replace(tile, columns=min(tile.columns, backend.power_of_two(P)))
     return Tiles(*(fit(getattr(tiles, field.name)) for field in dataclasses.fields(Tiles)))
 
