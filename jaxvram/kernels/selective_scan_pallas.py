@@ -195,14 +195,9 @@ def _optional(cut: _Cut, refs):
     return z_refs[0] if z_refs else None, refs[: cut.resets], refs[cut.resets :]
 
 
-def _backward_kernel(
-    x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, states_ref, dy_ref, dlast_ref, *refs, cut, interpret
-):
-    z_ref, keep_refs, refs = _optional(cut, refs)
-    dx_ref, ddt_ref, dA_ref, dB_ref, dC_ref, dD_ref, dbias_ref, dh_ref, scratch_ref, *dz_refs = refs
-    program, R = _Program(cut), cut.tile.rows
-    recurrence = _Recurrence(program, A_ref, bias_ref, x_ref, dt_ref, B_ref, keep_refs)
-    D_E = program.of_channels(D_ref)
+def _walk_back(program: _Program, recurrence, D_E, C_ref, dy_ref, z_ref, dx_ref, ddt_ref, dB_ref, dC_ref, dz_refs):
+    """`(first step of a group, the state before it, carry) -> carry`: through the group and back."""
+    cut, R = program.cut, program.cut.tile.rows
 
     def back_through_step(t, valid, row, a_NxE, decay_NxE, carry, C_N, dy_E, z_E):
         g_NxE, dA_NxE, dD_E, dbias_E = carry
@@ -238,6 +233,19 @@ def _backward_kernel(
         for r in reversed(range(R)):
             carry = back_through_step(*steps[r], rows[r], *moves[r], carry, C_RxN[r], dy_RxE[r], z_RxE[r])
         return carry
+
+    return back_through_group
+
+
+def _backward_kernel(
+    x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, states_ref, dy_ref, dlast_ref, *refs, cut, interpret
+):
+    z_ref, keep_refs, refs = _optional(cut, refs)
+    dx_ref, ddt_ref, dA_ref, dB_ref, dC_ref, dD_ref, dbias_ref, dh_ref, scratch_ref, *dz_refs = refs
+    program, R = _Program(cut), cut.tile.rows
+    recurrence, D_E = _Recurrence(program, A_ref, bias_ref, x_ref, dt_ref, B_ref, keep_refs), program.of_channels(D_ref)
+    outputs = dx_ref, ddt_ref, dB_ref, dC_ref, dz_refs
+    back_through_group = _walk_back(program, recurrence, D_E, C_ref, dy_ref, z_ref, *outputs)
 
     def of_chunk(i, carry):
         c = pl.cdiv(cut.T, CHUNK) - 1 - i
