@@ -97,6 +97,34 @@ def test_denoisers_fit(which):
     assert not any(dims[-2:] == (T, T) for dims in shapes), "there are scores of all by all"
 
 
+# 130M, fp32 AdamW at once: (sequences, T, tokens at a time or 0, GiB at the most)
+RECURRENT = {"8 x 2048": (8, 2048, 0, 4.0), "64k": (1, 65536, 0, 9.5), "64k by chunks": (1, 65536, 2048, 3.3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", RECURRENT)
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_recurrent_models_fit(name, which):
+    batch, T, chunk_length, limit = RECURRENT[which]
+    built = recipe.build(*recipe.load(f"{CONFIGS[0].parent / name}.py:130m"))
+    built = dataclasses.replace(
+        built,
+        train=dataclasses.replace(built.train, batch_size=batch, microbatch_size=0),
+        model=dataclasses.replace(built.model, block_size=T),
+        task=dataclasses.replace(built.task, chunk_length=chunk_length),
+    )
+    train = planner.programs(built, modes.make_task(built, with_data=False))["train"]
+    compiled = compile_for(cards.find("rtx4070"), train.fn, train.args, train.donate_argnums, kernels=True)
+    assert compiled.peak_bytes <= limit * 2**30
+    assert all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
+    names = {kernel.name.removeprefix("pallas_").split("__")[0] for kernel in compiled.kernels}
+    scan = {"mamba": "selective_scan_", "mamba2": "scalar_decay_"}[name]
+    assert {f"{scan}forward", "causal_conv_forward", "causal_conv_backward"} <= names
+    cfg = built.model
+    shapes = {dims for i in compiled.module.instructions.values() for dims in dims_of(i.shape)}
+    assert max(map(math.prod, shapes)) < batch * T * cfg.d_inner * 16, "there are states of every step"
+
+
 def dims_of(shape):
     """Dimensions of an array, or of each in a tuple."""
     return [dims for part in shape.parts for dims in dims_of(part)] if shape.parts else [shape.dims]
