@@ -1,6 +1,6 @@
 """A training step of a tiny Mamba, jaxvram beside transformers' PyTorch; then the time of a sampled token by context.
 
-  python benchmarks/cpu_mamba.py                  # three minutes; needs torch and transformers
+  python benchmarks/cpu_mamba.py                  # needs torch and transformers; PyTorch's side is slow
   python benchmarks/cpu_mamba.py --model=mamba2
 
 4 layers of 128, a vocabulary of 256, 8 x 256 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is

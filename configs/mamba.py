@@ -2,7 +2,7 @@
 
   python launch.py --config=configs/mamba.py            # 130m where there is a GPU, else tiny
   python launch.py --config=configs/mamba.py:370m
-  python launch.py --config=configs/mamba.py:induction  # the paper's two synthetic tasks, in minutes on a CPU
+  python launch.py --config=configs/mamba.py:induction  # the paper's two synthetic tasks, on a CPU
   python launch.py --config=configs/mamba.py --mode=plan --card=rtx4070
 
   variant    parameters  card      time             planned peak  what to expect
@@ -10,13 +10,14 @@
   370m         372 M   RTX 4070  2 weeks for 10B    8.8 GiB       8.3, likewise
   790m         793 M   RTX 4070  4 weeks for 10B    10.5 GiB      7.3, likewise
   1.4b       1,372 M   RTX 4070  to fine-tune       7.2 GiB       6.8, likewise, before
-  copying      0.1 M   2 cores   8 minutes          0.1 GiB       97.8 % of held-out problems right after 3,000 steps
-  induction    0.1 M   2 cores   2 minutes          0.1 GiB       99.4 % of held-out problems right after 500 steps
+  copying      0.1 M   2 cores   25 minutes         0.1 GiB       97.8 % of held-out problems right after 3,000 steps
+  induction    0.1 M   2 cores   3 minutes          0.1 GiB       99.4 % of held-out problems right after 500 steps
   tiny         3.3 M   2 cores   1 minute           0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 
 Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token at 40 % of the card's 58 TFLOP/s, a third more for
 what remat makes again. 790m has Adafactor instead of AdamW, 1.4b bf16 weights as well.
-Perplexities are the paper's, as our reading notes quote them; nobody has trained these recipes to the end.
+Times on two cores were taken beside other jobs. Perplexities are the paper's, as our reading notes quote them; nobody
+has trained these recipes to the end.
 """
 
 from jaxvram import recipe

@@ -2,7 +2,7 @@
 
   python launch.py --config=configs/mamba2.py            # 130m where there is a GPU, else tiny
   python launch.py --config=configs/mamba2.py:370m
-  python launch.py --config=configs/mamba2.py:induction  # the paper's two synthetic tasks, in minutes on a CPU
+  python launch.py --config=configs/mamba2.py:induction  # the paper's two synthetic tasks, on a CPU
   python launch.py --config=configs/mamba2.py --mode=plan --card=rtx4070
 
   variant    parameters  card      time             planned peak  what to expect
@@ -10,13 +10,14 @@
   370m         368 M   RTX 4070  2 weeks for 10B    8.8 GiB       8.2, likewise
   780m         780 M   RTX 4070  4 weeks for 10B    10.3 GiB      7.3, likewise
   1.3b       1,344 M   RTX 4070  to fine-tune       7.2 GiB       6.8, likewise, before
-  copying      0.1 M   2 cores   8 minutes          0.2 GiB       not run yet; as mamba.py's
-  induction    0.1 M   2 cores   2 minutes          0.1 GiB       99.8 % of held-out problems right
+  copying      0.1 M   2 cores   25 minutes         0.2 GiB       not run yet; as mamba.py's
+  induction    0.1 M   2 cores   3 minutes          0.1 GiB       99.8 % of held-out problems right
   tiny         3.3 M   2 cores   1 minute           0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 
 Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token at 40 % of the card's 58 TFLOP/s, a third more for
 what remat makes again. 780m has Adafactor instead of AdamW, 1.3b bf16 weights as well.
-Perplexities are the paper's, as our reading notes quote them; nobody has trained these recipes to the end.
+Times on two cores were taken beside other jobs. Perplexities are the paper's, as our reading notes quote them; nobody
+has trained these recipes to the end.
 """
 
 from jaxvram import recipe

@@ -4,7 +4,7 @@
 
 Kept for the backward pass is x alone, sizeof(x) bytes a token and channel; c is made again. Forward, x is read and y
 written once. Backward, x and dy are read, the gradient of c is written in the dtype of x and read again for that of x. With
-documents, XLA alone would write down c's gradient and each window in fp32 as well, 20 bytes more: hence the kernel.
+documents, XLA alone would write down c's gradient and each window in fp32 as well, 16 bytes more: hence the kernel.
 """
 
 import functools

@@ -58,9 +58,9 @@ class RecurrentLM(nn.Module):
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.cfg.n_layer, *a.shape)), one_layer)
 
 
-def check_fields(cfg, **choices: tuple) -> None:
-    """Raises a UserError unless the fields that all these models have, and those of `choices`, have one of their values."""
-    of = {"remat": REMAT, "kernels": IMPLEMENTATIONS, "dtype": DTYPES, "param_dtype": DTYPES} | choices
+def check_fields(cfg) -> None:
+    """Raises a UserError unless the fields that all these models have make sense."""
+    of = {"remat": REMAT, "kernels": IMPLEMENTATIONS, "dtype": DTYPES, "param_dtype": DTYPES}
     for field, valid in of.items():
         if (value := getattr(cfg, field)) not in valid:
             raise UserError(f"model.{field}={value!r} is unknown{nearest(value, valid)}")
