@@ -78,7 +78,8 @@ def _run(argv: list[str]) -> int:
 
     if options.mode == "prepare":
         if recipe_file or len(overrides) > 1:
-            flags_of = "--input, --out, --tokenizer, --shard_tokens, --workers; for images --autoencoder, --image_size"
+            flags_of = "--input, --out, --tokenizer, --vocab_path, --shard_tokens, --workers; "
+            flags_of += "for images --autoencoder, --image_size"
             raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
         return modes.prepare(options)
     if options.mode == "kernels":
@@ -126,7 +127,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export and prepare: the folder to write.")
     text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
-    text("tokenizer", "gpt2", "For prepare: gpt2 or char.")
+    text("tokenizer", "gpt2", "For prepare: gpt2, char, neox or file.")
+    text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")
     text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")

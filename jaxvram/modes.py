@@ -104,7 +104,9 @@ def prepare(options) -> int:
         return _prepare_latents(options)
     from jaxvram.data.prepare import prepare as write_shards
 
-    files = write_shards(options.input, options.out, options.tokenizer, options.shard_tokens, options.workers)
+    files = write_shards(
+        options.input, options.out, options.tokenizer, options.shard_tokens, options.workers, vocab_path=options.vocab_path
+    )
     print(f"{len(files)} file(s) in {options.out}; train on them with --config.data.path={options.out}")
     return 0
 

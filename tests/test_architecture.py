@@ -27,7 +27,8 @@ FLOORS = (
 BESIDE = ("data", "convert")  # imported by the top floors and by tasks; themselves they import models and below
 MAY_IMPORT_DATA = {"main", "modes", "host", "recipe", "tasks", "data"}
 # The loop asks for batches ahead of time. It knows `batches(source, ...)`, which takes any source, and nothing of texts.
-ALLOWED = {("train.loop", "data.pipeline")}
+# A header of GGUF is read in one place, for the tokenizer in it and for the weights behind it.
+ALLOWED = {("train.loop", "data.pipeline"), ("convert.gguf", "data.gguf_metadata")}
 
 
 @functools.cache

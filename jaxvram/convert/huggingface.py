@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import safetensors.numpy
 from jaxvram.errors import UserError
 
 CONFIG = "config.json"
+LISTED = 10  # names in a message
+SHARD_BYTES = 5_000_000_000  # of a file of weights that is written
 OURS = "exported_by"  # in config.json: a folder that an export may replace
 
 
@@ -30,6 +33,14 @@ class Layout(NamedTuple):
     @property
     def index(self) -> str:
         return f"{self.weights}.index.json"
+
+    def shard(self, number: int, count: int) -> str:
+        return self.weights.replace(".", f"-{number:05d}-of-{count:05d}.", 1)
+
+    def is_ours(self, file: str) -> bool:
+        """A file that an export writes."""
+        stem, end = self.weights.split(".")
+        return file in (CONFIG, self.weights, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file))
 
 
 TRANSFORMERS = Layout()
@@ -59,6 +70,10 @@ class HuggingFaceFolder:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def names(self):
+        return self._file_of.keys()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor of that name, which must have that shape."""
@@ -94,10 +109,7 @@ class HuggingFaceFolder:
 
     def check_fields(self, wanted: dict, cfg) -> None:
         """The fields of `cfg` are as the checkpoint has them; the message names the overrides."""
-        if differ := {key: value for key, value in wanted.items() if getattr(cfg, key) != value}:
-            values = ", ".join(f"{key}={value} (the recipe: {getattr(cfg, key)})" for key, value in differ.items())
-            paste = " ".join(f"--config.model.{key}={value}" for key, value in differ.items())
-            raise UserError(f"the checkpoint in {self.path} has {values}; add {paste}")
+        check_fields(self.path, wanted, cfg)
 
     def _tensor_names(self) -> dict[str, str]:
         """Tensor name -> file name."""
@@ -138,8 +150,33 @@ class HuggingFaceFolder:
         return content
 
 
+def check_fields(path: pathlib.Path, wanted: dict, cfg) -> None:
+    """Raises a UserError with the overrides to paste unless the fields of `cfg` are as the checkpoint at `path` has them."""
+    if differ := {key: value for key, value in wanted.items() if getattr(cfg, key) != value}:
+        values = ", ".join(f"{key}={value} (the recipe: {getattr(cfg, key)})" for key, value in differ.items())
+        paste = " ".join(f"--config.model.{key}={value}" for key, value in differ.items())
+        raise UserError(f"the checkpoint in {path} has {values}; add {paste}")
+
+
+def check_names(path: pathlib.Path, found, wanted, may_be_there=()) -> None:
+    """Raises one UserError that lists what is missing and what is there instead.
+
+    Args:
+      may_be_there: names that are not wanted, and endings of names, that do no harm.
+    """
+    missing = [name for name in wanted if name not in found]
+    unknown = sorted(name for name in set(found) - set(wanted) if not name.endswith(tuple(may_be_there)))
+    some = lambda names: ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    parts = [f"lacks {some(missing)}"] if missing else []
+    parts += [f"has {some(unknown)}, which this model has not"] if unknown else []
+    if parts:
+        raise UserError(f"{path} {'; it '.join(parts)}: it is incomplete, or another kind of model")
+
+
 def write_folder(folder, config: dict, tensors: dict[str, np.ndarray], layout: Layout = TRANSFORMERS) -> None:
     """config.json and the weights, in a temporary folder that takes its name when it is complete.
+
+    Weights of more than SHARD_BYTES become several files and their index. One file at a time is copied in memory.
 
     Raises:
       UserError: `folder` holds something that is not an export of ours, or the disk is full.
@@ -152,9 +189,7 @@ def write_folder(folder, config: dict, tensors: dict[str, np.ndarray], layout: L
     except OSError as error:
         raise UserError(f"cannot write beside {target}: {error.strerror}") from error
     try:
-        # save_file writes the memory of an array as it lies: a transposed view would be stored wrongly, without a word
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        safetensors.numpy.save_file(tensors, temporary / layout.weights, metadata={"format": "pt"})
+        _write_weights(temporary, tensors, layout)
         config = {**config, layout.mark: "jaxvram"}
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _share(temporary)
@@ -163,6 +198,26 @@ def write_folder(folder, config: dict, tensors: dict[str, np.ndarray], layout: L
         raise UserError(f"cannot write {target}: {error}; nothing was changed there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(folder: pathlib.Path, tensors: dict[str, np.ndarray], layout: Layout) -> None:
+    shards, bytes_left = [], 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > bytes_left:
+            shards, bytes_left = [*shards, []], SHARD_BYTES
+        shards[-1].append(name)
+        bytes_left -= tensor.nbytes
+    file_of = {}
+    for i, names in enumerate(shards, 1):
+        file = layout.weights if len(shards) == 1 else layout.shard(i, len(shards))
+        # save_file writes the memory of an array as it lies: a transposed view would be stored wrongly, without a word
+        contiguous = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        safetensors.numpy.save_file(contiguous, folder / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        (folder / layout.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_replaceable(target: pathlib.Path, layout: Layout) -> None:
@@ -174,7 +229,7 @@ def _check_replaceable(target: pathlib.Path, layout: Layout) -> None:
         ours = layout.mark in json.loads((target / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
-    if not ours or held - {CONFIG, layout.weights}:
+    if not ours or not all(map(layout.is_ours, held)):
         raise UserError(f"{target} is not empty and not (only) an export of jaxvram; give a new folder")
 
 

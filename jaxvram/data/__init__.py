@@ -3,34 +3,43 @@
 A source of text has `vocab_size`, `tokenizer`, `sequence_length` (T), `example_size` (numbers), `description` (one line) and
 `batch(split, n, batch_size, rows=slice(None)) -> {"tokens": int32 (B, T), "targets": int32 (B, T)}`, where a target of
 -1 is not learnt, and only `rows` of the batch are made. Problems also have
-`problems(split, limit) -> (prompts (N, P), answers (N, A))`.
+`problems(split, limit) -> (prompts (N, P), answers (N, A))`. Instructions also have `prompt_ids(message) -> int32 (P,)`,
+`until_end(ids) -> ids` (the answer among what a model went on with), and in a batch, where examples are packed, "segments":
+int32 (B, T), by which tokens of one example are told from those of another; 0 is padding.
 """
 
 import dataclasses
 
+from jaxvram.data.instructions import load_instructions
 from jaxvram.data.memory_problems import InductionHeads, SelectiveCopying
 from jaxvram.data.order import ORDERS
 from jaxvram.data.problems import AdderProblems, SortProblems
 from jaxvram.data.text import load_text
 from jaxvram.errors import UserError, nearest
 
-NAMES = ("text", "sort", "adder", "copying", "induction")
+NAMES = ("text", "instructions", "sort", "adder", "copying", "induction")
 DATASETS = ("shakespeare", "fineweb", "offline")
-TOKENIZERS = ("char", "gpt2")
+TOKENIZERS = ("char", "gpt2", "neox", "file")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = "text"  # text | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
-    dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (a text that every Python has)
-    path: str | None = None  # instead: a text, a folder of texts, nanoGPT's folder, llm.c's shard, folder or glob
-    tokenizer: str = "char"  # char | gpt2
-    vocab_path: str | None = None  # folder with GPT-2's encoder.json or vocab.json; None: found or downloaded
-    val_fraction: float = 0.1  # of a text without a val split of its own: its tail
-    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch)
+    name: str = "text"  # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
+    dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (a text, or instructions, that every Python has)
+    path: str | None = None  # instead: a text, a folder of texts, nanoGPT's folder, llm.c's shard, folder or glob; instructions: JSON
+    tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia, RWKV-4) | file (what vocab_path names)
+    # gpt2: folder with encoder.json or vocab.json; neox: tokenizer.json or its folder; None: found or downloaded.
+    # file: a tokenizer.json, tokenizer.model or .gguf, or a folder with one of them
+    vocab_path: str | None = None
+    val_fraction: float = 0.1  # of a text without a val split of its own: its tail; of instructions: drawn
+    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch, as instructions are always)
     download: bool = True  # may ask the network for what is not on this machine
     allow_offline: bool = False  # if even that fails, train on the offline text and say so
     fineweb_shards: int = 1  # train shards of FineWeb, of 100M tokens and 200 MB each, up to 103
+    prompt_style: str = "alpaca"  # instructions: alpaca | llama2 | chatml | llama3 | plain (several turns, any model)
+    system: str = ""  # instructions: the system prompt of conversations that have none; empty: none
+    loss_on: str = "responses"  # instructions: responses | all (prompts are learnt too)
+    pack: bool = True  # instructions: several examples a row, of which none sees another; False: one, padded
     length: int = 6  # sort: digits in a question; copying, induction: tokens
     exam_length: int = 0  # copying, induction: of the problems that are scored; 0: the same
     symbols: int = 16  # copying, induction: kinds of token to remember
@@ -52,6 +61,8 @@ def load(cfg: DataConfig, block_size: int, seed: int):
         raise UserError(f"data.val_fraction={cfg.val_fraction} must lie between 0 and 1")
     if cfg.name == "text":
         return load_text(cfg, block_size, seed)
+    if cfg.name == "instructions":
+        return load_instructions(cfg, block_size, seed)
     if cfg.path is not None:
         raise UserError(f"data.path={cfg.path} is for data.name=text; data.name={cfg.name} makes its own problems")
     if cfg.name != "adder" and cfg.order != "random":

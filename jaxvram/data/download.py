@@ -6,6 +6,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -23,11 +24,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXVRAM_CACHE") or Path.home() / ".cache" / "jaxvram").expanduser()
 
 
-def fetch(url: str, dest: Path, sha256: str) -> Path:
+def fetch(url: str, dest: Path, sha256: str | None = None, is_whole: Callable[[Path], bool] | None = None) -> Path:
     """Download `url` to `dest` unless it is there. A broken download stays as dest.part, and the next call resumes it.
 
-    Raises UserError, which says what to do by hand: no network, a refusing server, a full disk, a wrong checksum.
+    One of two says whether it is right: its `sha256`, or, where nobody has published one, `is_whole` of the file.
+
+    Raises UserError, which says what to do by hand: no network, a refusing server, a full disk, a wrong content.
     """
+    if (sha256 is None) == (is_whole is None):
+        raise ValueError("either sha256 or is_whole")
     if dest.exists():
         return dest
     by_hand = f"run again to resume, or get it by other means and save it as {dest}"
@@ -37,8 +42,10 @@ def fetch(url: str, dest: Path, sha256: str) -> Path:
             part = dest.with_name(dest.name + ".part")
             resumed = part.exists()
             # a wrong checksum after a resume may be the old part's fault: once more, from the start
-            if not dest.exists() and not (_complete(url, part, sha256) or (resumed and _complete(url, part, sha256))):
-                raise UserError(f"{url} does not have the sha256 {sha256} and was thrown away; {by_hand}")
+            is_right = lambda digest: digest.hexdigest() == sha256 if sha256 else is_whole(part)
+            if not dest.exists() and not (_complete(url, part, is_right) or (resumed and _complete(url, part, is_right))):
+                wrong = f"does not have the sha256 {sha256}" if sha256 else "sent something else than was asked for"
+                raise UserError(f"{url} {wrong} and was thrown away; {by_hand}")
             if not dest.exists():  # else another process was faster
                 os.replace(part, dest)
     return dest
@@ -88,20 +95,20 @@ def _lock(dest: Path):
         yield
 
 
-def _complete(url: str, part: Path, sha256: str) -> bool:
-    """Bring `part` to its full length. False, and `part` is gone, if its content is wrong then."""
+def _complete(url: str, part: Path, is_right: Callable) -> bool:
+    """Bring `part` to its full length. False, and `part` is gone, if its content is wrong then by `is_right(digest)`."""
     digest = hashlib.sha256()
     try:
         with open(part, "ab+") as file:
             file.seek(0)
             while block := file.read(BLOCK):
                 digest.update(block)
-            if digest.hexdigest() != sha256:  # equal: an earlier run ended between the last byte and the rename
+            if not is_right(digest):  # right: an earlier run ended between the last byte and the rename
                 digest = _append(url, file, digest)
     finally:
         if part.exists() and part.stat().st_size == 0:  # no network: nothing to resume
             part.unlink()
-    if digest.hexdigest() == sha256:
+    if is_right(digest):
         return True
     part.unlink(missing_ok=True)
     return False

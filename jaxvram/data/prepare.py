@@ -1,4 +1,4 @@
-"""Texts to token files, once, for training from them: GPT-2 tokens as llm.c shards, characters as nanoGPT's files.
+"""Texts to token files, once, for training from them: tokens as llm.c shards, characters as nanoGPT's files.
 
 Texts are cut into chunks, worker processes tokenise the chunks, and this process writes the tokens in the order of the
 text, so that the files do not depend on how many workers there were.
@@ -20,16 +20,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxvram.data import shards
-from jaxvram.data.text import BETWEEN_TEXTS, decode, text_files
-from jaxvram.data.tokenizers import CharTokenizer, gpt2_tokenizer
+from jaxvram.data import TOKENIZERS, shards
+from jaxvram.data.file_tokenizers import without_dummy_space
+from jaxvram.data.shards import PROGRESS
+from jaxvram.data.text import BETWEEN_TEXTS, decode, named_tokenizer, text_files
+from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError, nearest
 
 CHUNK_BYTES = 1 << 20
 WORTH_A_WORKER = 8 * CHUNK_BYTES  # a process takes a second to start, in which this one tokenises some MB
-PROGRESS = "prepare.json"
-# GPT-2's pattern never joins a line break to the non-space after it, so the tokens on both sides of a cut before such a
-# line break are those of the uncut text. The second class: UTF-8 lead bytes that begin no white space.
+# GPT-2's pattern, which is GPT-NeoX's too, never joins a line break to the non-space after it, so the tokens on both
+# sides of a cut before such a line break are those of the uncut text. The second class: UTF-8 lead bytes that begin no
+# white space.
 _CUT = re.compile(rb"(?:(?<=[^\r])\n|\r\n)(?=[\x21-\x7e\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
 
 
@@ -60,16 +62,18 @@ def prepare(
 ) -> list[Path]:
     """Tokenise `inputs` (a text, a folder of texts, or a list of both) into `out_dir`; returns the files there.
 
-    gpt2: shards text_val_000000.bin, text_train_000001.bin, ... of `shard_tokens` (the last may be shorter), with
-    <|endoftext|> before each text. The val shard is about `val_fraction` of the text if that is less. Killed at any
-    moment and started again, it keeps the finished shards and goes on behind them.
+    gpt2, neox, file: shards text_val_000000.bin, text_train_000001.bin, ... of `shard_tokens` (the last may be shorter),
+    with <|endoftext|> (file: its end of text) before each text. The val shard is about `val_fraction` of the text if
+    that is less. Killed at any moment and started again, it keeps the finished shards and goes on behind them.
+    file: `vocab_path` as data.vocab_path. A long text is cut before a line break about every MB; where the tokenizer
+    joins line breaks to what stands before or behind them, the tokens next to a cut are not those of the uncut text.
     char: train.bin, val.bin (the last `val_fraction`) and meta.pkl; begins again if it was killed.
 
     Raises:
       UserError: nothing to read, not UTF-8, or `out_dir` holds something else.
     """
-    if tokenizer not in ("gpt2", "char"):
-        raise UserError(f"tokenizer={tokenizer!r} is unknown{nearest(tokenizer, ('gpt2', 'char'))}")
+    if tokenizer not in TOKENIZERS:
+        raise UserError(f"tokenizer={tokenizer!r} is unknown{nearest(tokenizer, TOKENIZERS)}")
     if shard_tokens < 1 or not 0 < val_fraction < 1:
         raise UserError(f"shard_tokens={shard_tokens} must be positive and val_fraction={val_fraction} between 0 and 1")
     if workers is not None and workers < 0:
@@ -82,8 +86,11 @@ def prepare(
         out_dir.mkdir(parents=True, exist_ok=True)
         if tokenizer == "char":
             return _prepare_chars(files, out_dir, workers, val_fraction)
-        gpt2_tokenizer(vocab_path, download)  # a missing vocabulary is said once, here, and not by each worker
-        return _prepare_shards(files, out_dir, shard_tokens, workers, val_fraction, vocab_path)
+        made = named_tokenizer(tokenizer, vocab_path, download)  # what is wrong with it is said once, not by each worker
+        settings = {"tokenizer": tokenizer} | ({} if tokenizer == "gpt2" else {"vocabulary": made.identity})
+        settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
+        dtype = shards.token_dtype(made.vocab_size)
+        return _prepare_shards(files, out_dir, settings, workers, dtype, (tokenizer, vocab_path, False))
     except BrokenProcessPool as error:
         raise UserError("a worker process died, perhaps for want of memory: run again, with fewer workers") from error
     except OSError as error:
@@ -133,9 +140,12 @@ class _Worker:
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _encode_gpt2(chunk: Chunk) -> np.ndarray:
-    tokens_N = _Worker.tokenizer.encode(chunk.text())
-    return (np.insert(tokens_N, 0, _Worker.tokenizer.eot) if chunk.start == 0 else tokens_N).astype(np.uint16)
+def _encode(chunk: Chunk) -> np.ndarray:
+    tokenizer = _Worker.tokenizer
+    tokens_N = tokenizer.encode(_char_text(chunk) if tokenizer.eot is None else chunk.text())
+    if chunk.start == 0:
+        return tokens_N if tokenizer.eot is None else np.insert(tokens_N, 0, tokenizer.eot)
+    return without_dummy_space(tokenizer, tokens_N)
 
 
 def _char_text(chunk: Chunk) -> str:
@@ -179,21 +189,23 @@ def _run(function, todo: Iterator[Chunk], workers: int, label: str, total: int, 
                 pool.shutdown(cancel_futures=True)
 
 
-def _prepare_shards(files, out_dir: Path, shard_tokens: int, workers: int, val_fraction: float, vocab_path):
-    progress = _Progress(out_dir, files, tokenizer="gpt2", shard_tokens=shard_tokens, val_fraction=val_fraction)
+def _prepare_shards(files, out_dir: Path, settings: dict, workers: int, dtype: np.dtype, tokenizer: tuple) -> list[Path]:
+    """`tokenizer`: arguments of named_tokenizer, `dtype`: of its tokens."""
+    shard_tokens, val_fraction = settings["shard_tokens"], settings["val_fraction"]
+    progress = _Progress(out_dir, files, **settings)
     if progress.complete():
         return progress.files()
     document, byte, skip = progress.position()
     size, before = _bytes(files), _bytes(files[:document]) + byte
     todo = chunks(files, document, byte)
-    results = _run(_encode_gpt2, todo, workers, "tokenise", size, gpt2_tokenizer, (vocab_path, False), before)
+    results = _run(_encode, todo, workers, "tokenise", size, named_tokenizer, tokenizer, before)
     stream = _Stream(results, skip)
     val_tokens = max(1, min(shard_tokens, int(size / 4 * val_fraction)))  # English: some 4 bytes a token
     try:
         while not progress.complete():
             number = len(progress.finished)
             name = f"text_{'train' if number else 'val'}_{number:06d}.bin"
-            with shards.TokenWriter(out_dir / name) as writer:
+            with shards.TokenWriter(out_dir / name, dtype=dtype) as writer:
                 for tokens_N in stream.take(shard_tokens if number else val_tokens):
                     writer.append(tokens_N)
                 if number == 0 and stream.chunk is None:

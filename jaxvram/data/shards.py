@@ -1,10 +1,12 @@
 """Token files: nanoGPT's train.bin, val.bin and meta.pkl, and llm.c's shards. Read as memory maps, checked at the door.
 
 nanoGPT `3adf61e`: bare little-endian uint16 tokens; meta.pkl, for character sets, is a dict of vocab_size, stoi, itos.
-llm.c `f1e2ace`: 256 int32 of header (magic 20240520, version 1, number of tokens, zeros), then the uint16 tokens.
+llm.c `f1e2ace`: 256 int32 of header (magic 20240520, version 1, number of tokens, zeros), then the uint16 tokens; for
+vocabularies beyond 65,536 ids, such as Llama 3's, magic 20240801, version 7 and uint32 tokens.
 """
 
 import glob
+import json
 import os
 import pickle
 import re
@@ -12,41 +14,44 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxvram.data.tokenizers import CharTokenizer
+from jaxvram.data.tokenizers import CharTokenizer, GPT2Tokenizer
 from jaxvram.errors import UserError
 
-MAGIC, VERSION = 20240520, 1
-LLAMA_MAGIC = 20240801  # llm.c's uint32 shards of Llama-3 tokens
 HEADER_BYTES = 256 * 4
-TOKEN = np.dtype("<u2")
+TOKEN, WIDE_TOKEN = np.dtype("<u2"), np.dtype("<u4")
+KINDS = {TOKEN: (20240520, 1), WIDE_TOKEN: (20240801, 7)}  # magic, version
+PROGRESS = "prepare.json"  # what --mode=prepare was asked for, beside its files
 _VAL = re.compile(r"(?<![a-z])val", re.IGNORECASE)
 MAX_META_BYTES = 1 << 24  # 65,536 characters need 2 MB
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What a token of the vocabulary takes in a file, and in memory before it is part of a batch."""
+    return TOKEN if vocab_size <= 1 << 16 else WIDE_TOKEN
+
+
 def read_shard(file: Path) -> np.ndarray:
-    """The tokens of one llm.c shard, uint16 (N,), as a memory map."""
+    """The tokens of one llm.c shard, uint16 or uint32 (N,), as a memory map."""
     size = file.stat().st_size
     header = np.fromfile(file, "<i4", 256)
-    if len(header) < 3 or header[0] != MAGIC:
-        what = (
-            "Llama-3 tokens, which no tokenizer here reads"
-            if len(header) and header[0] == LLAMA_MAGIC
-            else "something else"
-        )
+    kinds = {magic: (dtype, version) for dtype, (magic, version) in KINDS.items()}
+    if len(header) < 3 or header[0] not in kinds:
         raise UserError(
-            f"{file} is not an llm.c shard of GPT-2 tokens (magic {MAGIC}), but {what}; for nanoGPT's train.bin and "
+            f"{file} is not an llm.c shard (magic {' or '.join(map(str, kinds))}); for nanoGPT's train.bin and "
             "val.bin give their folder, and make shards from text with --mode=prepare"
         )
-    if header[1] != VERSION:
+    dtype, version = kinds[header[0]]
+    if header[1] != version:
         raise UserError(
-            f"{file} is an llm.c shard of version {header[1]}; only version {VERSION} (uint16 tokens) is known"
+            f"{file} is an llm.c shard of version {header[1]}; only version {version} of its kind ({dtype.name} tokens, "
+            f"as for {'GPT-2' if dtype == TOKEN else 'Llama-3'}) is known"
         )
     count = int(header[2])
-    if size != (expected := HEADER_BYTES + TOKEN.itemsize * count):
+    if size != (expected := HEADER_BYTES + dtype.itemsize * count):
         raise UserError(
             f"{file} is truncated or damaged: {size:,} bytes, but {count:,} tokens need {expected:,}; fetch it again"
         )
-    return _map(file, HEADER_BYTES, count)
+    return _map(file, HEADER_BYTES, count, dtype)
 
 
 def write_shard(file: Path, tokens_N: np.ndarray):
@@ -61,9 +66,9 @@ class TokenWriter:
     With llm.c's header, or bare as nanoGPT has it.
     """
 
-    def __init__(self, file: Path, header: bool = True):
+    def __init__(self, file: Path, header: bool = True, dtype: np.dtype = TOKEN):
         self.file, self.part = file, file.with_name(file.name + ".part")
-        self.header, self.count = header, 0
+        self.header, self.dtype, self.count = header, dtype, 0
 
     def __enter__(self):
         self._out = open(self.part, "wb")
@@ -71,7 +76,7 @@ class TokenWriter:
         return self
 
     def append(self, tokens_N: np.ndarray):
-        self._out.write(np.asarray(tokens_N, TOKEN).tobytes())
+        self._out.write(np.asarray(tokens_N, self.dtype).tobytes())
         self.count += len(tokens_N)
 
     def __exit__(self, kind, *_):
@@ -81,10 +86,30 @@ class TokenWriter:
             return
         if self.header:
             header = np.zeros(256, "<i4")
-            header[:3] = MAGIC, VERSION, self.count
+            header[:3] = *KINDS[self.dtype], self.count
             self._out.seek(0)
             self._out.write(header.tobytes())
         _publish(self._out, self.part, self.file)
+
+
+def check_vocabulary(folder: Path, arrays: list[np.ndarray], tokenizer):
+    """Raises a UserError if the token files in `folder` cannot be, or are not said to be, ids of `tokenizer`."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    if other := next((a.dtype for a in arrays if a.dtype != dtype), None):
+        raise UserError(
+            f"{folder} holds {other.name} tokens, but the {tokenizer.vocab_size:,} ids of {tokenizer.name} are kept as "
+            f"{dtype.name}: the files were made with another tokenizer; set data.tokenizer and data.vocab_path"
+        )
+    try:
+        request = json.loads((folder / PROGRESS).read_text())["request"]
+        made, how = request.get("vocabulary", GPT2Tokenizer.identity), request["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # nobody has said
+    if made != tokenizer.identity:
+        raise UserError(
+            f"{folder} was prepared with --tokenizer={how} ({made}), but data.tokenizer is {tokenizer.name} "
+            f"({tokenizer.identity}): set data.tokenizer={how} and the data.vocab_path that was used"
+        )
 
 
 def find_shards(path: str) -> tuple[list[Path], list[Path]]:
@@ -114,7 +139,7 @@ def read_nanogpt(folder: Path) -> tuple[np.ndarray, np.ndarray, CharTokenizer | 
             )
         if size == 0:
             raise UserError(f"{file} is empty: prepare it again")
-        tokens.append(_map(file, 0, size // TOKEN.itemsize))
+        tokens.append(_map(file, 0, size // TOKEN.itemsize, TOKEN))
     meta = folder / "meta.pkl"
     return tokens[0], tokens[1], read_meta(meta) if meta.is_file() else None
 
@@ -152,11 +177,11 @@ def read_meta(file: Path) -> CharTokenizer:
     return CharTokenizer("".join(chars))
 
 
-def _map(file: Path, offset: int, count: int) -> np.ndarray:
+def _map(file: Path, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
     if count == 0:  # mmap refuses an empty range
-        return np.zeros(0, TOKEN)
+        return np.zeros(0, dtype)
     # a plain view: slicing the memmap subclass costs microseconds for nothing
-    return np.memmap(file, TOKEN, "r", offset, (count,)).view(np.ndarray)
+    return np.memmap(file, dtype, "r", offset, (count,)).view(np.ndarray)
 
 
 def _publish(out, part: Path, file: Path):

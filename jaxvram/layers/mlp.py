@@ -13,21 +13,25 @@ def gelu(x):
 
 
 def from_input_alone(f):
-    """`f` element by element in fp32; backward keeps its input, in the dtype it came in, and computes `f` again.
+    """`f` element by element in fp32; backward keeps its inputs, in the dtype they came in, and computes `f` again.
 
     Left to itself JAX keeps two or three arrays of the MLP's inner width for a GELU, the widest there are in a block.
     """
 
     @jax.custom_vjp
-    def activation(u):
-        return f(u.astype(jnp.float32)).astype(u.dtype)
+    def activation(*inputs):
+        return f(*_in_fp32(inputs)).astype(inputs[0].dtype)
 
-    def backward(u, g):
-        _, vjp = jax.vjp(f, u.astype(jnp.float32))
-        return (vjp(g.astype(jnp.float32))[0].astype(u.dtype),)
+    def backward(inputs, g):
+        _, vjp = jax.vjp(f, *_in_fp32(inputs))
+        return tuple(d.astype(u.dtype) for u, d in zip(inputs, vjp(g.astype(jnp.float32)), strict=True))
 
-    activation.defvjp(lambda u: (activation(u), u), backward)
+    activation.defvjp(lambda *inputs: (activation(*inputs), inputs), backward)
     return activation
+
+
+def _in_fp32(arrays):
+    return (a.astype(jnp.float32) for a in arrays)
 
 
 ACTIVATIONS = {
@@ -35,6 +39,8 @@ ACTIVATIONS = {
     # Hendrycks & Gimpel's tanh form: OpenAI, minGPT, llm.c
     "gelu_tanh": from_input_alone(functools.partial(jax.nn.gelu, approximate=True)),
 }
+
+swiglu = from_input_alone(lambda gate, up: jax.nn.silu(gate) * up)  # Shazeer 2020, arXiv:2002.05202
 
 
 class MLP(nn.Module):

@@ -2,12 +2,14 @@
 
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
+from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
+    "llama": (Llama, LlamaConfig),
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
 }

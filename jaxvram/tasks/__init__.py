@@ -11,4 +11,4 @@ from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
-TASK_OF = {"gpt2": "language", "mamba": "language", "mamba2": "language", "dit": "diffusion"}  # by the model's name
+TASK_OF = dict.fromkeys(("gpt2", "llama", "mamba", "mamba2"), "language") | {"dit": "diffusion"}  # by the model's name

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvram import data, models
+from jaxvram.data.tokenizers import continuation
 from jaxvram.errors import UserError
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxvram.sample.text import SampleConfig, generate
@@ -154,7 +155,7 @@ class LanguageTask:
             new_tokens=cfg.max_new_tokens, vocab_size=self.source.vocab_size,
             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
         )  # fmt: skip
-        return [prompt + tokenizer.decode(row) for row in np.asarray(tokens_BxN)]
+        return [prompt + continuation(tokenizer, ids_P, row) for row in np.asarray(tokens_BxN)]
 
     def show(self, params) -> Samples:
         """What a reader sees during training: continuations, or problems with the model's answers."""

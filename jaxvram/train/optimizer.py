@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxvram.errors import UserError, nearest
+from jaxvram.train.adam8bit import scale_by_adam_8bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ LINEAR_DECAY = {  # minGPT: the weights of linear layers alone
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = "adamw"  # adamw | lion | adafactor (factored second moments) | adafactor_momentum (and a first moment)
+    name: str = "adamw"  # adamw | adamw_8bit | lion | adafactor (factored second moments) | adafactor_momentum (and a first)
     learning_rate: float = 6e-4  # peak
     schedule: str = "cosine"  # cosine | linear | constant | wsd (constant, then 1 - sqrt over the last part)
     warmup_steps: int = 0  # from learning_rate / (warmup_steps + 1), linearly
@@ -40,12 +41,13 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the global gradient norm; 0: none
-    mu_dtype: str = "float32"  # of the first moment: float32 | bfloat16
+    mu_dtype: str = "float32"  # of the first moment: float32 | bfloat16; adamw_8bit has its own
+    stochastic_rounding: bool = False  # of weights in bf16, which else stay where they are at small updates
     groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=lambda: dict(MATRICES_DECAY))
 
     def __post_init__(self):
         for field, valid in (
-            ("name", ("adamw", "lion", "adafactor", "adafactor_momentum")),
+            ("name", ("adamw", "adamw_8bit", "lion", "adafactor", "adafactor_momentum")),
             ("schedule", ("cosine", "linear", "constant", "wsd")),
             ("mu_dtype", ("float32", "bfloat16")),
         ):
@@ -88,6 +90,10 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
     """(optax transformation, schedule) for a tree of parameters or of their shapes."""
+    if cfg.stochastic_rounding and all(p.dtype != jax.numpy.bfloat16 for p in jax.tree.leaves(params)):
+        raise UserError(
+            "optimizer.stochastic_rounding is for weights in bfloat16, and here are none; set model.param_dtype=bfloat16"
+        )
     schedule = make_schedule(cfg, total_steps)
     label_of = group_labels(cfg.groups, params)
     groups = cfg.groups
@@ -113,6 +119,8 @@ def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
 def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
     if cfg.name == "adamw":
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype)
+    if cfg.name == "adamw_8bit":
+        return scale_by_adam_8bit(cfg.b1, cfg.b2, cfg.eps)
     if cfg.name == "lion":
         return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.mu_dtype)
     # Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate; with a first moment as in Zhai et al. 2021, 2106.04560

