@@ -58,10 +58,19 @@ def _product(x_NxD, w_DxF):
     return x_NxD @ w_DxF
 
 
+def _forward(x, w):
+    """Keeps x for the gradient of W and W for that of x, each only where that gradient is asked for."""
+    return x.value @ w.value, (x.value if w.perturbed else None, w.value if x.perturbed else None)
+
+
 def _backward(residuals, g_NxF):
     """Both gradients at one time. XLA would make that of W when the layer ends, and hold x and g until then."""
     x_NxD, w_DxF = residuals
-    return jax.lax.optimization_barrier((g_NxF @ w_DxF.T, x_NxD.T @ g_NxF))
+    if isinstance(g_NxF, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    dx_NxD = None if w_DxF is None else g_NxF @ w_DxF.T
+    dw_DxF = None if x_NxD is None else x_NxD.T @ g_NxF
+    return (dx_NxD, dw_DxF) if dx_NxD is None or dw_DxF is None else jax.lax.optimization_barrier((dx_NxD, dw_DxF))
 
 
-_product.defvjp(lambda x_NxD, w_DxF: (x_NxD @ w_DxF, (x_NxD, w_DxF)), _backward)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
