@@ -10,14 +10,16 @@ import jax
 
 from jaxvram.convert import converter
 from jaxvram.errors import UserError, nearest
+from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
+from jaxvram.train.partition import join
 from jaxvram.train.program import make_program
-from jaxvram.train.sharding import make_mesh, shardings
+from jaxvram.train.sharding import make_mesh
 
 
 def make_task(recipe, with_data: bool = True):
@@ -34,9 +36,7 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
     if jax.process_index() == 0:
         print(f"{recipe.name}:{recipe.variant} in {workdir} on {jax.devices()[0].device_kind}", flush=True)
         print(f"data: {task.source.description}", flush=True)
-    init_params = None
-    if recipe.train.init_from:
-        init_params = converter(recipe.model).load_params(recipe.train.init_from, task.model.cfg)
+    init_params = load_base(recipe, task)
     loop = Loop(recipe, task, workdir)
     if loop.writes:
         _plan_for_this_gpu(recipe, task, workdir)
@@ -91,6 +91,8 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if not options.out:
         raise UserError("--mode=export needs --out=DIR")
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
+    if recipe.finetune.method != "none":
+        params = merged(task.model, params)
     converter(recipe.model).save(params, task.model.cfg, options.out)
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0
@@ -147,12 +149,26 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
         check_workdir(workdir, recipe, task.data_identity)
     mesh = make_mesh(recipe.mesh)
     if not kinds:
-        params = converter(recipe.model).load_params(recipe.train.init_from, task.model.cfg)
-        return task, jax.device_put(params, shardings(params, mesh)), 0
+        return task, join(*make_program(recipe, task, mesh).parameters(load_base(recipe, task))), 0
     checkpoints = Checkpoints(workdir)
-    weights, meta = checkpoints.restore_weights(kinds[0], make_program(recipe, task, mesh).target)
+    program = make_program(recipe, task, mesh)
+    base = load_base(recipe, task) if program.target.frozen else None
+    target = program.target.replace(frozen=program.frozen(base))
+    weights, meta = checkpoints.restore_weights(kinds[0], target)
     checkpoints.close()
-    return task, weights.get("ema", weights["params"]), meta["step"]
+    return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
+
+
+def load_base(recipe, task):
+    """The parameters of `train.init_from`, on the host; None where there is none."""
+    if not recipe.train.init_from:
+        return None
+    source, cfg = converter(recipe.model), task.model.cfg
+    if recipe.finetune.method == "none":
+        return source.load_params(recipe.train.init_from, cfg)
+    if hasattr(source, "tensors"):
+        return base_parameters(task.model, source.tensors(recipe.train.init_from, cfg))
+    return base_parameters(task.model, one_by_one(source.load_params(recipe.train.init_from, cfg)))
 
 
 def plan(recipe, workdir: pathlib.Path, options) -> int:

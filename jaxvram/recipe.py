@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict, config_dict
 
 from jaxvram.errors import UserError, nearest
+from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.models import MODELS, name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.train.checkpoint import CheckpointConfig
@@ -29,6 +30,7 @@ class Recipe:
     variant: str
     task: typing.Any  # of its task (tasks/): so are data and sample
     model: typing.Any  # of its architecture
+    finetune: FinetuneConfig
     data: typing.Any
     optimizer: OptimizerConfig
     train: TrainConfig

@@ -32,6 +32,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxvram import data  # noqa: E402
+from jaxvram.finetune.config import FinetuneConfig  # noqa: E402
 from jaxvram.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from jaxvram.recipe import Recipe  # noqa: E402
 from jaxvram.sample.text import SampleConfig  # noqa: E402
@@ -76,6 +77,7 @@ def tiny_recipe():
         sample=SampleConfig(num_samples=2, max_new_tokens=4),
         checkpoint=CheckpointConfig(),
         mesh=MeshConfig(),
+        finetune=FinetuneConfig(),
     )
 
     def make(**sections) -> Recipe:

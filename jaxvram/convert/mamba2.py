@@ -11,6 +11,8 @@ DEFAULTS = {  # what transformers takes for a key that config.json leaves out
     "head_dim": 64, "num_heads": 128, "n_groups": 8, "tie_word_embeddings": False,
 }  # fmt: skip
 
+INFINITE = (float("inf"), {"__float__": "Infinity"})  # the latter is how transformers 5 writes it
+
 
 def load_params(folder, cfg: Mamba2Config) -> dict:
     """Parameters of `Mamba2(cfg)` as NumPy arrays (the tree inside of "params").
@@ -21,10 +23,12 @@ def load_params(folder, cfg: Mamba2Config) -> dict:
     source = HuggingFaceFolder(folder, "mamba2")
     theirs = DEFAULTS | source.config
     limits = theirs.get("time_step_limit") or (0.0, float("inf"))
-    if limits[0] > 0 or limits[1] != float("inf"):
+    if limits[0] > 0 or limits[1] not in INFINITE:
         raise UserError(f"{source.path / 'config.json'}: time_step_limit={limits} bounds step sizes; not supported")
-    sizes = {"head_dim": "head_dim", "n_groups": "n_groups", "heads": "num_heads"}
-    state_space.check_config(source, theirs, cfg, "Mamba-2", sizes)
+    state_space.check_config(source, theirs, cfg, "Mamba-2", {"head_dim": "head_dim", "n_groups": "n_groups"})
+    if theirs["num_heads"] != cfg.heads:
+        which = f"num_heads={theirs['num_heads']} of {cfg.head_dim} do not make {cfg.d_inner} channels"
+        raise UserError(f"{source.path / 'config.json'} is damaged: {which}")
     return state_space.load(source, cfg, _layer(cfg), theirs["tie_word_embeddings"])
 
 

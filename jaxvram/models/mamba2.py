@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.scalar_decay import scalar_decay
-from jaxvram.layers.linear import Linear
+from jaxvram.layers.linear import Linear, SplitLinear
 from jaxvram.layers.norms import RMSNorm, rms_norm
 from jaxvram.layers.recurrent_lm import RecurrentLM, check_fields
 from jaxvram.layers.state_space import CausalConv, fan_in_uniform, step_bias
@@ -91,8 +91,8 @@ class Mamba2Mixer(nn.Module):
         cfg, (B, T, _) = self.cfg, u_BxTxD.shape
         E, N, G, H, F = cfg.d_inner, cfg.d_state, cfg.n_groups, cfg.heads, cfg.d_conv_in
         dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        zxBCdt = dense(E + F + H, kernel_init=fan_in_uniform(), name="in_proj")(u_BxTxD)
-        z_BxTxE, xBC_BxTxF, dt_BxTxH = jnp.split(zxBCdt, (E, E + F), axis=-1)
+        in_proj = SplitLinear((E, F, H), fan_in_uniform(), cfg.dtype, cfg.param_dtype, name="in_proj")
+        z_BxTxE, xBC_BxTxF, dt_BxTxH = in_proj(u_BxTxD)
         conv = CausalConv(cfg.d_conv, cfg.param_dtype, cfg.kernels, name="conv1d")
         xBC_BxTxF, tail = conv(xBC_BxTxF, state.tail_BxVxF if state else None, resets_BxT)
         x_BxTxE, B_BxTxGN, C_BxTxGN = jnp.split(xBC_BxTxF, (E, E + G * N), axis=-1)
@@ -127,16 +127,41 @@ class GatedNorm(nn.Module):
         E = z_BxTxE.shape[-1]
         scale_E = self.param("scale", nn.initializers.ones, (E,), self.param_dtype)
 
-        @jax.checkpoint
-        def gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E):
-            y_BxTxE = (y_BxTxHxP + D_H[:, None] * x_BxTxHxP).reshape(z_BxTxE.shape)  # D is fp32, so is the sum
-            # Written down for the norm, which reads it twice; XLA would take the liberty to do so in fp32.
-            y_BxTxE = y_BxTxE * jax.nn.silu(z_BxTxE.astype(jnp.float32))
-            y_BxTxE = jax.lax.optimization_barrier(y_BxTxE.astype(self.dtype))
-            parts = y_BxTxE.reshape(*y_BxTxE.shape[:-1], self.groups, E // self.groups)
-            return rms_norm(parts, scale_E.reshape(self.groups, -1), 1e-5, self.dtype).reshape(y_BxTxE.shape)
+        return _gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E, self.groups, self.dtype)
 
-        return gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E)
+
+def _of_sum(sum_BxTxHxP, z_BxTxE, scale_E, groups: int, dtype):
+    # Written down for the norm, which reads it twice; XLA would take the liberty to do so in fp32.
+    y_BxTxE = sum_BxTxHxP.reshape(z_BxTxE.shape) * jax.nn.silu(z_BxTxE.astype(jnp.float32))
+    y_BxTxE = jax.lax.optimization_barrier(y_BxTxE.astype(dtype))
+    parts = y_BxTxE.reshape(*y_BxTxE.shape[:-1], groups, -1)
+    return rms_norm(parts, scale_E.reshape(groups, -1), 1e-5, dtype).reshape(y_BxTxE.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _gated_norm(y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E, groups, dtype):
+    return _of_sum(y_BxTxHxP + D_H[:, None] * x_BxTxHxP, z_BxTxE, scale_E, groups, dtype)  # D is fp32, so is the sum
+
+
+def _gated_norm_forward(*args):
+    return _gated_norm(*args), args[:5]
+
+
+def _gated_norm_backward(groups, dtype, residuals, g_BxTxE):
+    """The gradients of the sum and of z at one time, so that nothing else of the norm is held while the scan goes back."""
+    # Tied to g, else XLA merges the sum with that of the forward pass and keeps it.
+    *args, g_BxTxE = jax.lax.optimization_barrier((*residuals, g_BxTxE))
+    y_BxTxHxP, x_BxTxHxP, D_H, z_BxTxE, scale_E = args
+    sum_BxTxHxP = y_BxTxHxP + D_H[:, None] * x_BxTxHxP
+    _, vjp = jax.vjp(lambda s, z, scale: _of_sum(s, z, scale, groups, dtype), sum_BxTxHxP, z_BxTxE, scale_E)
+    dsum_BxTxHxP, dz_BxTxE, dscale_E = vjp(g_BxTxE)
+    dy_BxTxHxP, dz_BxTxE, dscale_E = jax.lax.optimization_barrier((dsum_BxTxHxP.astype(y_BxTxHxP.dtype), dz_BxTxE, dscale_E))
+    dx_BxTxHxP = (D_H[:, None] * dy_BxTxHxP).astype(x_BxTxHxP.dtype)
+    dD_H = (dy_BxTxHxP * x_BxTxHxP.astype(jnp.float32)).sum((0, 1, 3))
+    return dy_BxTxHxP, dx_BxTxHxP, dD_H, dz_BxTxE, dscale_E
+
+
+_gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
 
 
 class Block(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxvram import data, models
 from jaxvram.data.tokenizers import continuation
 from jaxvram.errors import UserError
+from jaxvram.finetune.adapted import adapted
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxvram.sample.text import SampleConfig, generate
 from jaxvram.tasks.samples import Samples
@@ -56,7 +57,7 @@ class LanguageTask:
                 say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
         if cfg.vocab_size == 0:
             cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
-        return cls(models.build(cfg), source, recipe.task, recipe.sample)
+        return cls(adapted(models.build(cfg), recipe.finetune), source, recipe.task, recipe.sample)
 
     def __init__(self, model, source, cfg: LanguageConfig, sample: SampleConfig):
         self.model, self.source, self.cfg, self.sample = model, source, cfg, sample

@@ -73,7 +73,8 @@ class Checkpoints:
         weights, rest = split(state)
         parts = {"weights": weights} if kind == "best" else {"weights": weights, "rest": rest}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
-        items["meta"] = ocp.args.JsonSave(meta | {"step": step, "inventory": _inventory(parts)})
+        kept = {"inventory": _inventory(parts), "frozen": _inventory({"frozen": state.frozen}) if state.frozen else {}}
+        items["meta"] = ocp.args.JsonSave(meta | {"step": step} | kept)
         if kind == "latest":
             self.wait()  # so that whoever finds it also finds what was best before it
         manager = self._manager(kind)
@@ -83,19 +84,31 @@ class Checkpoints:
         self._try("save", number, kind, lambda: manager.save(number, args=ocp.args.Composite(**items), force=True))
 
     def restore(self, kind: str, target):
-        """(state, meta) of the latest or best checkpoint. `target`: a TrainState of shapes with shardings.
+        """(state, meta) of the latest or best checkpoint.
 
+        Args:
+          target: a TrainState of shapes with shardings, but for its frozen parameters: those are there already.
         Raises:
-          UserError: there is none, it does not fit the target, or it is damaged.
+          UserError: there is none, it does not fit the target, it is damaged, or was trained on other frozen parameters.
         """
         weights, rest = split(target)
         items, meta = self._restore(kind, {"weights": weights, "rest": rest})
+        self._check_frozen(kind, meta, target)
         return target.replace(**items["weights"], **items["rest"]), meta
 
     def restore_weights(self, kind: str, target):
         """({'params', 'ema'}, meta) alone: all that evaluation and sampling need."""
         items, meta = self._restore(kind, {"weights": split(target)[0]})
+        self._check_frozen(kind, meta, target)
         return {name: items["weights"][name] for name in split(target)[0]}, meta
+
+    def _check_frozen(self, kind: str, meta, target) -> None:
+        then, now = meta.get("frozen", {}), _inventory({"frozen": target.frozen}) if target.frozen else {}
+        if other := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+            raise UserError(
+                f"{self.folder / kind} was trained on other base weights than these ({len(other)} arrays differ, among them "
+                f"{other[0]}); set train.init_from and finetune as they were, or give another --workdir"
+            )
 
     def _restore(self, kind: str, targets: dict[str, Any]):
         step = self._step(kind)
@@ -228,9 +241,9 @@ def _with_average(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(state) -> tuple[dict, dict]:
-    """(what evaluation and sampling need, the rest) of a TrainState."""
+    """(what evaluation and sampling need, the rest) of what a TrainState saves."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    fields = {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+    fields = {name: value for name, value in fields.items() if name != "frozen" and jax.tree.leaves(value)}
     weights = {name: fields.pop(name) for name in ("params", "ema") if name in fields}
     return weights, fields
 

@@ -88,7 +88,8 @@ class Loop:
         if self.writes:
             self.checkpoints.discard_unfinished()
         if found.step is not None:
-            state, meta = self.checkpoints.restore("latest", self.program.target)
+            target = self.program.target.replace(frozen=self.program.frozen(init_params))
+            state, meta = self.checkpoints.restore("latest", target)
             self.best_loss, self.best_step, self.rollbacks = meta["best_loss"], meta["best_step"], meta["rollbacks"]
             self.evaluations_since_best = meta["evaluations_since_best"]
             self.last_evaluation = meta["last_evaluation"]
@@ -96,7 +97,7 @@ class Loop:
                 self.checkpoints.save("best", found.step, state, {"loss": self.best_loss})  # a kill came between the two
             notes.append(f"resuming {self.workdir} from its checkpoint of step {found.step}")
         else:
-            state, meta = self.program.init() if init_params is None else self.program.init(init_params), {}
+            state, meta = self.program.init(init_params), {}
             if found.unfinished:
                 notes.append("no complete checkpoint: starting from step 0")
         if self.writes:
@@ -248,7 +249,7 @@ class Loop:
             )
         self.rollbacks += 1
         jump = int(state.data_offset) + step - found.step
-        state, _ = self.checkpoints.restore("latest", self.program.target)
+        state, _ = self.checkpoints.restore("latest", self.program.target.replace(frozen=state.frozen))
         offset = jax.device_put(state.data_offset * 0 + jump, state.data_offset.sharding)
         state = state.replace(data_offset=offset, guard=state.guard.set_back())
         self.log.truncate_after(found.step)

@@ -1,22 +1,34 @@
 """What a run compiles, in one place: a loop runs these functions, a plan lowers the very same for a card elsewhere."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
+from flax import traverse_util
 
 from jaxvram.train.optimizer import make_optimizer
+from jaxvram.train.partition import divide
 from jaxvram.train.sharding import shardings
-from jaxvram.train.step import init_state, make_train_step
+from jaxvram.train.step import init_params, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
     """Not jitted, and of no mesh yet."""
 
-    init: Callable  # () or (params,) -> TrainState
+    params: Callable  # () -> (trained, frozen), from the seed
+    start: Callable  # (trained, frozen) -> TrainState
     step: Callable  # (state, batch) -> (state, metrics); the caller donates the state
-    state: object  # TrainState of shapes
+    divide: Callable  # params -> (trained, frozen)
+
+    def init(self):
+        """The state before step 0, from the seed."""
+        return self.start(*self.params())
+
+    def load(self, frozen):
+        """The same with a frozen part from elsewhere."""
+        return self.start(self.params()[0], frozen)
 
 
 @dataclasses.dataclass
@@ -25,35 +37,70 @@ class Program:
 
     mesh: jax.sharding.Mesh
     target: object  # TrainState of shapes with shardings
-    init: Callable  # jitted: () or (params,) -> TrainState
+    functions: Functions
     step: Callable  # jitted: (state, batch) -> (state, metrics), the state donated
+
+    def init(self, params=None):
+        """The state before step 0. `params`: as `parameters` has them; None: all from the seed."""
+        homes = self._homes(self.target)
+        if params is None:
+            return jax.jit(self.functions.init, out_shardings=homes)()
+        trained, frozen = self.parameters(params)
+        start = functools.partial(self.functions.start, frozen={})
+        start = jax.jit(start, out_shardings=homes.replace(frozen={}), donate_argnums=0)
+        return start(trained).replace(frozen=frozen)
+
+    def parameters(self, params):
+        """(trained, frozen) on the devices.
+
+        Args:
+          params: arrays of the host; those that are trained and not among them come from the seed.
+        """
+        trained, frozen = self.functions.divide(params)
+        given = traverse_util.flatten_dict(trained)
+        fresh = jax.jit(lambda: _without(self.functions.params()[0], given))()
+        trained = traverse_util.unflatten_dict(traverse_util.flatten_dict(fresh) | given)
+        # Leaf by leaf and not through a compiled program, which would hold them twice.
+        put = lambda tree, target: jax.tree.map(jax.device_put, tree, self._homes(target))
+        return put(trained, self.target.params), put(frozen, self.target.frozen)
+
+    def frozen(self, params=None):
+        """The frozen parameters alone, of `params` or from the seed."""
+        if params is not None:
+            return self.parameters(params)[1]
+        return jax.jit(lambda: self.functions.params()[1], out_shardings=self._homes(self.target.frozen))()
+
+    @staticmethod
+    def _homes(target):
+        return jax.tree.map(lambda s: s.sharding, target)
+
+
+def _without(params, paths):
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: x for path, x in flat.items() if path not in paths})
 
 
 def make_functions(recipe, task) -> Functions:
     """The init and the train step of a recipe. Nothing runs and nothing is allocated here.
 
     Args:
-      recipe: a Recipe; its optimizer and train sections are read.
+      recipe: a Recipe; its optimizer, train and finetune sections are read.
       task: what is learnt (tasks/).
     """
-    abstract_params = jax.eval_shape(task.init, jax.random.key(0))
-    tx, schedule = make_optimizer(recipe.optimizer, abstract_params, recipe.train.steps)
-
-    def init(params=None):
-        return init_state(task, tx, recipe.train, params)
-
+    divided = functools.partial(divide, is_trained=recipe.finetune.trains)
+    params = lambda: divided(init_params(task, recipe.train))
+    trained, _ = jax.eval_shape(params)
+    tx, schedule = make_optimizer(recipe.optimizer, trained, recipe.train.steps)
+    start = functools.partial(init_state, tx, recipe.train)
     step = make_train_step(task, tx, schedule, recipe.train, recipe.optimizer.stochastic_rounding)
-    return Functions(init, step, jax.eval_shape(init))
+    return Functions(params, start, step, divided)
 
 
 def make_program(recipe, task, mesh) -> Program:
     """The same on a mesh: every array of the state has its home, by the rules of train/sharding.py."""
     functions = make_functions(recipe, task)
-    homes = shardings(functions.state, mesh)
-    target = jax.tree.map(lambda s, home: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=home), functions.state, homes)
-    return Program(
-        mesh=mesh,
-        target=target,
-        init=jax.jit(functions.init, out_shardings=homes),
-        step=jax.jit(functions.step, donate_argnums=0, out_shardings=(homes, None)),
-    )
+    shapes = jax.eval_shape(functions.init)
+    homes = shardings(shapes, mesh)
+    target = jax.tree.map(lambda s, home: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=home), shapes, homes)
+    step = jax.jit(functions.step, donate_argnums=0, out_shardings=(homes, None))
+    return Program(mesh, target, functions, step)

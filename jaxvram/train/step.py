@@ -11,6 +11,7 @@ import optax
 from jaxvram.errors import UserError
 from jaxvram.train import stochastic_rounding as rounding
 from jaxvram.train.guard import Guard, GuardConfig, judge
+from jaxvram.train.partition import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +49,29 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: jax.Array  # int32, batches consumed
     data_offset: jax.Array  # int32, batches jumped over by rollbacks
-    params: Any
+    params: Any  # those that are trained
+    frozen: Any  # the others, {} where all are trained; never changed, in no checkpoint
     opt_state: Any
     ema: Any  # None without
     guard: Guard
 
     @property
     def eval_params(self):
-        return self.params if self.ema is None else self.ema
+        """All that the model has, averaged where there is an average."""
+        return join(self.params if self.ema is None else self.ema, self.frozen)
 
 
-def init_state(task, tx, cfg: TrainConfig, params=None) -> TrainState:
-    """The state before step 0, from `params` or from the seed; jit it, so that nothing is made twice."""
-    if params is None:
-        params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+def init_params(task, cfg: TrainConfig):
+    """The parameters that the seed gives."""
+    return task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+
+
+def init_state(tx, cfg: TrainConfig, params, frozen) -> TrainState:
+    """The state before step 0; jit it, so that nothing is made twice."""
     zero = jnp.zeros((), jnp.int32)
     # In fp32 whatever the weights are: a thousandth of a step is lost in bf16.
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if cfg.ema_decay > 0 else None
-    return TrainState(zero, zero, params, tx.init(params), ema, Guard.fresh(cfg.guard))
+    return TrainState(zero, zero, params, frozen, tx.init(params), ema, Guard.fresh(cfg.guard))
 
 
 def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: bool = False):
@@ -74,7 +80,7 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: b
 
     def train_step(state: TrainState, batch):
         key = jax.random.fold_in(stream, state.step + state.data_offset)
-        loss, grads, metrics = loss_and_gradients(task, state.params, batch, key, cfg.microbatches)
+        loss, grads, metrics = loss_and_gradients(task, state.params, batch, key, cfg.microbatches, state.frozen)
         grad_norm = optax.tree.norm(grads)
         good, guard = judge(state.guard, loss, grad_norm, cfg.guard)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -99,19 +105,19 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: b
             "skipped": guard.skipped,
             "skipped_in_a_row": guard.longest,  # not of this step alone: not every step is read
         }
-        return TrainState(state.step + 1, state.data_offset, params, opt_state, ema, guard), metrics
+        return TrainState(state.step + 1, state.data_offset, params, state.frozen, opt_state, ema, guard), metrics
 
     return train_step
 
 
-def loss_and_gradients(task, params, batch, key, microbatches: int = 1):
-    """(mean loss, gradients of it, metrics) over the whole batch: sums are added up and divided once by the weight.
+def loss_and_gradients(task, params, batch, key, microbatches: int = 1, frozen=None):
+    """(mean loss, its gradients by `params`, metrics) over the batch: sums are added up and divided once by the weight.
 
     `task.loss` gives sums, so k microbatches equal one batch however unevenly the targets are masked.
     """
 
     def loss_fn(params, batch, key):
-        loss_sum, weight, metrics = task.loss(params, batch, key)
+        loss_sum, weight, metrics = task.loss(join(params, frozen), batch, key)
         return loss_sum, (weight, metrics)
 
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)

@@ -52,11 +52,13 @@ def programs(recipe, task) -> dict[str, Program]:
       task: a task of known shapes; needs no data.
     """
     functions = make_functions(recipe, task)
-    batch = task.batch_spec(recipe.train.batch_size)
+    batch, state = task.batch_spec(recipe.train.batch_size), jax.eval_shape(functions.init)
+    # Frozen weights come from a folder, the others from the seed.
+    init = Program(functions.load, (state.frozen,), (0,)) if state.frozen else Program(lambda: functions.init())
     return {
-        "init": Program(lambda: functions.init()),  # without parameters to start from
-        "train": Program(functions.step, (functions.state, batch), (0,)),
-        "sample": Program(*task.sampling(functions.state.eval_params)),
+        "init": init,
+        "train": Program(functions.step, (state, batch), (0,)),
+        "sample": Program(*task.sampling(state.eval_params)),
     }
 
 

@@ -76,7 +76,7 @@ def test_batch():
 def run(program, params, batch, compile_with=jax.jit):
     _, task, train, optimizer = program
     tx, schedule = make_optimizer(optimizer, params, train.steps)
-    state = compile_with(lambda params: init_state(task, tx, train, params))(params)
+    state = compile_with(lambda params: init_state(tx, train, params, {}))(params)
     step = compile_with(make_train_step(task, tx, schedule, train), donate_argnums=0)
     for _ in range(train.steps):
         state, metrics = step(state, batch)
@@ -89,7 +89,7 @@ def test_the_program_is_well_formed(program):
     _, task, train, optimizer = program
     params = jax.eval_shape(task.init, jax.random.key(0))
     tx, schedule = make_optimizer(optimizer, params, train.steps)
-    state = jax.eval_shape(lambda p: init_state(task, tx, train, p), params)
+    state = jax.eval_shape(lambda p: init_state(tx, train, p, {}), params)
     batch = llmc_batch(TEXT.read_text(encoding="utf-8"))
     after, metrics = jax.eval_shape(make_train_step(task, tx, schedule, train), state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()

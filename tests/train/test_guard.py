@@ -72,6 +72,21 @@ def test_a_lasting_divergence_is_skipped_for_as_long_as_the_guard_is_patient(los
     assert guard.streak == guard.longest == cfg.patience and guard.recent_Wx2.max() < 3
 
 
+def test_a_norm_that_rises_for_good_is_followed():
+    """Gradients grow eightfold while the loss falls: a model has found what there is to learn. No rollback, few skips."""
+    verdicts, guard = run_judge(GuardConfig(), [*noisy(150), *[(1.9, 8 + 0.5 * math.sin(n)) for n in range(100)]])
+    assert verdicts[:150] == [True] * 150 and not verdicts[150]
+    skipped = verdicts.count(False)
+    assert 1 < skipped < 15 and all(verdicts[-80:])
+    assert (guard.streak, guard.longest, guard.skipped) == (0, 0, skipped)
+
+
+def test_a_norm_that_rises_with_the_loss_is_not_followed():
+    cfg = GuardConfig()
+    verdicts, guard = run_judge(cfg, [*noisy(150), *[(6.0, 8.0)] * 40])
+    assert verdicts == [True] * 150 + [False] * 40 and guard.streak == 40 and guard.recent_Wx2.max() < 3
+
+
 def test_a_streak_that_ended_is_still_told():
     """The loop reads it every few steps only."""
     _, guard = run_judge(GuardConfig(window=4), [*noisy(2), (NAN, 1.0), (NAN, 1.0), *noisy(3)])

@@ -1,0 +1,1 @@
+"""Wrappers round untouched models: LoRA, DoRA, a base in NF4, LLaMA-Adapter."""
