@@ -29,6 +29,8 @@ class Layout(NamedTuple):
     weights: str = "model.safetensors"
     pickled: str = "pytorch_model.bin"
     mark: str = OURS
+    config: str = CONFIG
+    marked: str = ""  # the object in it that takes our mark, where a library objects to keys that it does not know
 
     @property
     def index(self) -> str:
@@ -40,13 +42,14 @@ class Layout(NamedTuple):
     def is_ours(self, file: str) -> bool:
         """A file that an export writes."""
         stem, end = self.weights.split(".")
-        return file in (CONFIG, self.weights, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file))
+        return file in (self.config, self.weights, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file))
 
 
 TRANSFORMERS = Layout()
 _STEM = "diffusion_pytorch_model"
 # diffusers warns of every key of config.json that it does not know, unless it begins with an underscore
 DIFFUSERS = Layout("diffusers", "_class_name", f"{_STEM}.safetensors", f"{_STEM}.bin", f"_{OURS}")
+PEFT = Layout("peft", "peft_type", "adapter_model.safetensors", "adapter_model.bin", OURS, "adapter_config.json", "auto_mapping")
 
 
 class HuggingFaceFolder:
@@ -61,10 +64,10 @@ class HuggingFaceFolder:
     def __init__(self, folder, *kinds: str, layout: Layout = TRANSFORMERS):
         self.path, self.layout = pathlib.Path(folder).expanduser(), layout
         if not self.path.is_dir():
-            raise UserError(f"init_from={folder}: there is no such folder; give one with {CONFIG} and {layout.weights}")
-        self.config = self._json(CONFIG)
+            raise UserError(f"init_from={folder}: there is no such folder; give one with {layout.config} and {layout.weights}")
+        self.config = self._json(layout.config)
         if (found := self.config.get(layout.kind)) not in kinds:
-            raise UserError(f"{self.path / CONFIG} is of a {found!r} model; this recipe's model is {kinds[0]!r}")
+            raise UserError(f"{self.path / self.layout.config} is of a {found!r} model; this recipe's model is {kinds[0]!r}")
         self._files = {}
         self._file_of = self._tensor_names()
 
@@ -83,7 +86,7 @@ class HuggingFaceFolder:
         try:
             found = tuple(self._open(file).get_slice(name).get_shape())
             if found != shape:
-                raise UserError(f"{file}: {name} has shape {found}; {CONFIG} beside it means {shape}")
+                raise UserError(f"{file}: {name} has shape {found}; {self.layout.config} beside it means {shape}")
             return self._open(file).get_tensor(name)
         except safetensors.SafetensorError as error:  # an index that points to the wrong shard
             raise UserError(f"{file} does not give {name!r}: {error}") from error
@@ -97,15 +100,14 @@ class HuggingFaceFolder:
     def check_sizes(self, config: dict, names) -> None:
         """Every one of `names` is a whole number of at least 1 in `config`."""
         if strange := [name for name in names if type(config[name]) is not int or config[name] < 1]:
-            raise UserError(f"{self.path / CONFIG} is damaged: {strange[0]}={config[strange[0]]!r}")
+            raise UserError(f"{self.path / self.layout.config} is damaged: {strange[0]}={config[strange[0]]!r}")
 
     def check_fixed(self, config: dict, fixed: dict[str, tuple], model: str) -> None:
         """What `config` says of a key is among the values that ours knows, of which the first is the usual one."""
         for key, values in fixed.items():
             if config.get(key, values[0]) not in values:
-                raise UserError(
-                    f"{self.path / CONFIG}: {key}={config[key]} is no {model} (there: {values[0]}); not supported"
-                )
+                which = f"{key}={config[key]} is no {model} (there: {values[0]})"
+                raise UserError(f"{self.path / self.layout.config}: {which}; not supported")
 
     def check_fields(self, wanted: dict, cfg) -> None:
         """The fields of `cfg` are as the checkpoint has them; the message names the overrides."""
@@ -190,10 +192,11 @@ def write_folder(folder, config: dict, tensors: dict[str, np.ndarray], layout: L
         raise UserError(f"cannot write beside {target}: {error.strerror}") from error
     try:
         _write_weights(temporary, tensors, layout)
-        config = {**config, layout.mark: "jaxvram"}
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        mark = {layout.mark: "jaxvram"}
+        config = config | ({layout.marked: config[layout.marked] | mark} if layout.marked else mark)
+        (temporary / layout.config).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _share(temporary)
-        _put_in_place(temporary, target)
+        _put_in_place(temporary, target, layout)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {target}: {error}; nothing was changed there") from error
     finally:
@@ -226,15 +229,16 @@ def _check_replaceable(target: pathlib.Path, layout: Layout) -> None:
     if not target.is_dir() or not (held := {path.name for path in target.iterdir()}):
         return
     try:
-        ours = layout.mark in json.loads((target / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((target / layout.config).read_text(encoding="utf-8"))
+        ours = layout.mark in (config[layout.marked] if layout.marked else config)
+    except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours or not all(map(layout.is_ours, held)):
         raise UserError(f"{target} is not empty and not (only) an export of jaxvram; give a new folder")
 
 
-def _put_in_place(temporary: pathlib.Path, target: pathlib.Path) -> None:
-    if not (target / CONFIG).exists():
+def _put_in_place(temporary: pathlib.Path, target: pathlib.Path, layout: Layout) -> None:
+    if not (target / layout.config).exists():
         temporary.rename(target)  # onto an empty folder, or nothing
         return
     old = temporary.with_name(temporary.name + "-old")

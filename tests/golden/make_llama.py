@@ -62,8 +62,8 @@ def batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens_BxT, "targets": np.where(random.rand(B, T) < 0.2, -1, targets_BxT).astype(np.int32)}
 
 
-def oracle(variant: str) -> dict[str, np.ndarray]:
-    """ "logits", "loss" (mean over the targets) and "grad/NAME" for every parameter, as PyTorch has them."""
+def model(variant: str):
+    """transformers' model with these weights."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch
@@ -73,16 +73,24 @@ def oracle(variant: str) -> dict[str, np.ndarray]:
     scaling = VARIANTS[variant].get("rope_scaling", {"rope_type": "default"})
     said["rope_parameters"] = scaling | {"rope_theta": VARIANTS[variant]["rope_theta"]}
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**special, **said, attn_implementation="eager"))
-    missing, unexpected = model.load_state_dict({k: torch.tensor(v) for k, v in weights(variant).items()}, strict=False)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**special, **said, attn_implementation="eager"))
+    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights(variant).items()}, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
+    llama.tie_weights()
+    return llama
+
+
+def oracle(variant: str) -> dict[str, np.ndarray]:
+    """ "logits", "loss" (mean over the targets) and "grad/NAME" for every parameter, as PyTorch has them."""
+    import torch
+
+    llama = model(variant)
     tokens, targets = (torch.tensor(x).long() for x in batch().values())
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits = llama(input_ids=tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     loss.backward()
     found = {"logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
-    return found | {f"grad/{n}": p.grad.numpy() for n, p in model.named_parameters()}
+    return found | {f"grad/{n}": p.grad.numpy() for n, p in llama.named_parameters()}
 
 
 if __name__ == "__main__":

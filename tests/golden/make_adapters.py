@@ -1,0 +1,62 @@
+"""Makes adapters_tiny.npz: a tiny Llama with peft's LoRA, DoRA and prompts: logits, loss and the gradients of what is trained.
+
+  python tests/golden/make_adapters.py     (needs torch, transformers, peft; the tests that read the file do not)
+
+The base is that of make_llama.py; weights come from NumPy's RandomState, so the file holds results alone.
+"""
+
+import os
+import pathlib
+
+import make_llama
+import numpy as np
+
+FILE = pathlib.Path(__file__).with_name("adapters_tiny.npz")
+BASE = "gqa"
+VARIANTS = {  # name -> peft's class and its arguments
+    "lora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "rslora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": ["k_proj", "o_proj"], "use_rslora": True}),
+    "dora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "prompt": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
+}
+
+
+def adapted(variant: str, folder=None):
+    """peft's model with random weights in what it adds; its adapter saved in `folder`."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import peft
+    import torch
+
+    cls, arguments = VARIANTS[variant]
+    model = peft.get_peft_model(make_llama.model(BASE), getattr(peft, cls)(**arguments, task_type="CAUSAL_LM"))
+    random = np.random.RandomState(7)
+    with torch.no_grad():
+        for name, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+            draw = torch.tensor(random.normal(0, 0.3, tuple(p.shape)).astype(np.float32))
+            p.copy_(p * (1 + draw) if "magnitude" in name else draw)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+def oracle(variant: str, folder=None) -> dict[str, np.ndarray]:
+    """ "logits", "loss", "weight/NAME" and "grad/NAME" of every trained parameter, by peft's names in a saved adapter."""
+    import torch
+
+    model = adapted(variant, folder)
+    tokens, targets = (torch.tensor(x).long() for x in make_llama.batch().values())
+    logits = model(input_ids=tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    loss.backward()
+    found = {"logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            saved = name.replace(".default.weight", ".weight" if "magnitude" not in name else "").replace(".default", "")
+            found |= {f"weight/{saved}": p.detach().numpy(), f"grad/{saved}": p.grad.numpy()}
+    return found
+
+
+if __name__ == "__main__":
+    results = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
+    np.savez_compressed(FILE, **results)
+    print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
