@@ -9,6 +9,7 @@ import time
 import jax
 
 from jaxvram.convert import converter
+from jaxvram.convert.packaged import locate
 from jaxvram.errors import UserError, nearest
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
@@ -163,12 +164,12 @@ def load_base(recipe, task):
     """The parameters of `train.init_from`, on the host; None where there is none."""
     if not recipe.train.init_from:
         return None
-    source, cfg = converter(recipe.model), task.model.cfg
+    source, cfg, path = converter(recipe.model), task.model.cfg, locate(recipe.train.init_from)
     if recipe.finetune.method == "none":
-        return source.load_params(recipe.train.init_from, cfg)
+        return source.load_params(path, cfg)
     if hasattr(source, "tensors"):
-        return base_parameters(task.model, source.tensors(recipe.train.init_from, cfg))
-    return base_parameters(task.model, one_by_one(source.load_params(recipe.train.init_from, cfg)))
+        return base_parameters(task.model, source.tensors(path, cfg))
+    return base_parameters(task.model, one_by_one(source.load_params(path, cfg)))
 
 
 def plan(recipe, workdir: pathlib.Path, options) -> int:

@@ -49,7 +49,7 @@ def generate(
     T = model.context or prompt_BxP.shape[1] + new_tokens
     prompt_BxP = prompt_BxP[:, -T:]
     B, P = prompt_BxP.shape
-    variables = {"params": _cast_matrices(params, model.cfg.dtype)}
+    variables = {"params": cast_matrices(params, model.cfg.dtype)}
     head_VxD = model.apply(variables, method="head_VxD")
     keys_N = jax.random.split(key, new_tokens)
 
@@ -99,7 +99,7 @@ def choose(key, logits_BxV, temperature: float, top_k: int, top_p: float):
     return jax.random.categorical(key, logits_BxV, axis=-1)
 
 
-def _cast_matrices(params, dtype):
+def cast_matrices(params, dtype):
     """Matrices in the compute dtype once, not once a token: decoding reads every one of them for each token."""
-    cast = lambda path, p: p.astype(dtype) if path[-1].key in ("kernel", "embedding") else p
+    cast = lambda path, p: p.astype(dtype) if getattr(path[-1], "key", "") in ("kernel", "embedding") else p
     return jax.tree_util.tree_map_with_path(cast, params)
