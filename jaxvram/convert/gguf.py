@@ -66,5 +66,8 @@ class GGUFFile:
             raise UserError(f"{self.path}: {which}, that this version of gguf does not know; update gguf") from error
 
     def _bytes(self, name: str) -> int:
-        block, bytes_of_block = gguf.GGML_QUANT_SIZES[self._kind(name)]
-        return math.prod(self._tensors[name].shape) // block * bytes_of_block
+        shape, kind = self._tensors[name].shape, self._kind(name)
+        block, bytes_of_block = gguf.GGML_QUANT_SIZES[kind]
+        if not shape or shape[-1] % block:
+            raise UserError(f"{self.path} is damaged: {name} of shape {shape} cannot be stored as {kind.name}")
+        return math.prod(shape) // block * bytes_of_block

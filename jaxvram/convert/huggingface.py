@@ -42,7 +42,8 @@ class Layout(NamedTuple):
     def is_ours(self, file: str) -> bool:
         """A file that an export writes."""
         stem, end = self.weights.split(".")
-        return file in (self.config, self.weights, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file))
+        is_shard = re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file)
+        return bool(is_shard) or file in (self.config, self.weights, self.index)
 
 
 TRANSFORMERS = Layout()

@@ -25,14 +25,14 @@ TOKENIZERS = ("char", "gpt2", "neox", "file")
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "text"  # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
-    dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (a text, or instructions, that every Python has)
-    path: str | None = None  # instead: a text, a folder of texts, nanoGPT's folder, llm.c's shard, folder or glob; instructions: JSON
+    dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (of every Python: text, instructions)
+    path: str | None = None  # instead: text, folder of texts, nanoGPT's folder, llm.c's shard, folder or glob; JSON
     tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia, RWKV-4) | file (what vocab_path names)
     # gpt2: folder with encoder.json or vocab.json; neox: tokenizer.json or its folder; None: found or downloaded.
     # file: a tokenizer.json, tokenizer.model or .gguf, or a folder with one of them
     vocab_path: str | None = None
     val_fraction: float = 0.1  # of a text without a val split of its own: its tail; of instructions: drawn
-    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch, as instructions are always)
+    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch)
     download: bool = True  # may ask the network for what is not on this machine
     allow_offline: bool = False  # if even that fails, train on the offline text and say so
     fineweb_shards: int = 1  # train shards of FineWeb, of 100M tokens and 200 MB each, up to 103

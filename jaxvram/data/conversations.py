@@ -100,7 +100,8 @@ def _conversation(where: str, entry) -> Conversation:
 
 
 def _turns(where: str, messages) -> tuple[Message, ...]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    is_message = lambda m: isinstance(m, dict) and {"role", "content"} <= m.keys()
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise UserError(f"{where}: 'messages' must be a list of objects with a 'role' and a 'content'")
     for message in messages:
         if message["role"] not in ROLES:

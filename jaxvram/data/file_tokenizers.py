@@ -49,7 +49,8 @@ _BREAK = re.compile(r"(?<=[^\r])\n(?=\S)")
 class HuggingFaceTokenizer:
     """A `tokenizers.Tokenizer`. Byte-level kinds give back every text; one that normalises gives back its normal form.
 
-    Added tokens that are not special (GPT-NeoX's runs of spaces) are made of text, as the model expects.
+    One with a Metaspace pre-tokenizer cannot tell a text from the same with a space before it. Added tokens that are
+    not special (GPT-NeoX's runs of spaces) are made of text, as the model expects.
     """
 
     def __init__(self, name: str, tokenizer, bos: int | None = None, eos: int | None = None):

@@ -32,7 +32,9 @@ class InstructionSource:
       end_ids: ids that end an answer.
     """
 
-    def __init__(self, encoded, tokenizer, prompt, end_ids, block_size: int, seed: int, loss_on: str, pack: bool, what: str):
+    def __init__(
+        self, encoded, tokenizer, prompt, end_ids, block_size: int, seed: int, loss_on: str, pack: bool, what: str
+    ):
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self.sequence_length = self.example_size = block_size
         self.seed, self.pack = seed, pack

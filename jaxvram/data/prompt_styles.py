@@ -1,4 +1,4 @@
-"""How a conversation becomes tokens: Stanford Alpaca's two templates, Llama 2's and 3's, ChatML, and a plain one for any model.
+"""How a conversation becomes tokens: Stanford Alpaca's two templates, Llama 2's and 3's, ChatML, a plain one for any model.
 
 A style is a function of messages; if the last of them is a user's, what it makes ends where the response begins. Responses
 and prompts are encoded apart, so that a prompt has the same tokens in training and when a model is asked.
@@ -106,7 +106,9 @@ def _chatml(messages: list[Message]) -> list[Segment]:
         else:
             segments += [Segment(f"{message.role}\n{message.whole}"), _special("<|im_end|>")]
         segments.append(Segment("\n"))
-    return segments if messages[-1].role == "assistant" else [*segments, _special("<|im_start|>"), Segment("assistant\n")]
+    if messages[-1].role == "assistant":
+        return segments
+    return [*segments, _special("<|im_start|>"), Segment("assistant\n")]
 
 
 def _llama3(messages: list[Message]) -> list[Segment]:
@@ -157,7 +159,9 @@ def special_id(tokenizer, token: str) -> int | None:
     find = getattr(tokenizer, "special", lambda _: None)
     if token == BOS:
         bos = getattr(tokenizer, "bos", tokenizer.eot)
-        return None if bos == find("<|im_start|>") else bos  # SmolLM2's files call it so; its texts do not begin with it
+        return (
+            None if bos == find("<|im_start|>") else bos
+        )  # SmolLM2's files call it so; its texts do not begin with it
     return find(token)
 
 

@@ -34,7 +34,7 @@ def _size(L: int, D: int, F: int, H: int, G: int, vocab_size: int = 32000, **mor
 _LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0}
 _SMOLLM2 = {"vocab_size": 49152, "rope_theta": 100000.0, "tie_head": True}
 
-SIZES = {  # what a checkpoint fixes; the context is the recipe's, up to 2048 (TinyLlama, OpenLLaMA), 4096 (2), 8192, 131072 (3)
+SIZES = {  # what a checkpoint fixes; its context is up to 2048 (TinyLlama, OpenLLaMA), 4096 (2), 8192 (SmolLM2), 131072 (3)
     "tinyllama-1.1b": _size(22, 2048, 5632, 32, 4),
     "openllama-3b": _size(26, 3200, 8640, 32, 32, norm_eps=1e-6),
     "openllama-7b": _size(32, 4096, 11008, 32, 32, norm_eps=1e-6),

@@ -1,6 +1,7 @@
 """Language modelling: the next token, as loss, as batch layout, as samples to show and as exact answers."""
 
 import dataclasses
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import ClassVar
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvram import data, models
+from jaxvram.convert.packaged import locate
+from jaxvram.data.instructions import prompt_segments
 from jaxvram.data.tokenizers import continuation
 from jaxvram.errors import UserError
 from jaxvram.finetune.adapted import adapted
@@ -37,6 +40,7 @@ class LanguageTask:
     Args:
       model: a Linen module of the language model protocol (models/gpt2.py).
       source: data with `vocab_size`, `tokenizer` and `batch`; None for a plan, which reads shapes alone.
+      data_cfg: what the source was made from; None: nothing that matters to shapes.
     """
 
     unit = "tokens"
@@ -45,6 +49,7 @@ class LanguageTask:
     @classmethod
     def of_recipe(cls, recipe, with_data: bool = True, say: Callable[[str], None] = lambda _: None) -> "LanguageTask":
         """The task of a recipe. Without data, for a plan: nothing is downloaded, and an unknown vocabulary is assumed."""
+        recipe = dataclasses.replace(recipe, data=_with_vocabulary(recipe))
         cfg = recipe.model
         source = None
         if with_data:
@@ -57,10 +62,16 @@ class LanguageTask:
                 say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
         if cfg.vocab_size == 0:
             cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
-        return cls(adapted(models.build(cfg), recipe.finetune), source, recipe.task, recipe.sample)
+        model = models.build(cfg)
+        if _is_packed(recipe.data):
+            _check_packing(model, recipe.task)
+        return cls(adapted(model, recipe.finetune), source, recipe.task, recipe.sample, recipe.data)
 
-    def __init__(self, model, source, cfg: LanguageConfig, sample: SampleConfig):
+    def __init__(
+        self, model, source, cfg: LanguageConfig, sample: SampleConfig, data_cfg: data.DataConfig | None = None
+    ):
         self.model, self.source, self.cfg, self.sample = model, source, cfg, sample
+        self.data_cfg = data_cfg or data.DataConfig()
         if cfg.chunk_length and model.cfg.block_size % cfg.chunk_length:
             which = f"task.chunk_length={cfg.chunk_length}"
             raise UserError(f"{which} does not divide model.block_size={model.cfg.block_size}")
@@ -81,7 +92,8 @@ class LanguageTask:
     def batch_spec(self, batch_size: int):
         """Shapes of a batch: T is the whole context."""
         shape = jax.ShapeDtypeStruct((batch_size, self.model.cfg.block_size), jnp.int32)
-        return {"tokens": shape, "targets": shape}
+        names = ("tokens", "targets", "segments") if _is_packed(self.data_cfg) else ("tokens", "targets")
+        return dict.fromkeys(names, shape)
 
     def init(self, key):
         """Parameters from the architecture's own distributions."""
@@ -91,15 +103,17 @@ class LanguageTask:
         """(sum of nats over the targets, how many there are, no further metrics); dropout only with a key."""
         targets_BxT = batch["targets"]
         if self.cfg.chunk_length in (0, targets_BxT.shape[1]):
-            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None)
+            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"))
         else:
             nats = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
         return nats, (targets_BxT >= 0).sum().astype(jnp.float32), {}
 
-    def _nats(self, params, tokens_BxT, targets_BxT, key, state):
+    def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None):
         """(sum of nats over the targets, the model's state after the last token)."""
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
-        hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, deterministic=key is None, rngs=rngs)
+        options = {} if segments_BxT is None else {"segments_BxT": segments_BxT}
+        options |= {"deterministic": key is None, "rngs": rngs}
+        hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, **options)
         head_VxD = self.model.apply(variables, method="head_VxD")
         cfg = self.model.cfg
         loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, cfg.vocab_size, implementation=cfg.kernels)
@@ -134,8 +148,14 @@ class LanguageTask:
             self._prompt_ids(self.sample.prompt)
 
     def _prompt_ids(self, prompt: str) -> np.ndarray:
+        if self._has_turns and not prompt.strip():
+            raise UserError(
+                "sample.prompt is blank; with data.name=instructions it is what a user says, such as "
+                "--config.sample.prompt='Name three colours.'"
+            )
+        encode = self.source.prompt_ids if self._has_turns else self.source.tokenizer.encode
         try:
-            ids_P = np.asarray(self.source.tokenizer.encode(prompt), np.int32)
+            ids_P = np.asarray(encode(prompt), np.int32)
         except UserError as error:
             raise UserError(f"sample.prompt={prompt[:40]!r}: {error}") from error
         if ids_P.size == 0:
@@ -143,7 +163,7 @@ class LanguageTask:
         return ids_P
 
     def continue_prompt(self, params, prompt: str | None = None) -> list[str]:
-        """Samples as `config.sample` asks for them, each with its prompt in front.
+        """Samples as `config.sample` asks for them, each with its prompt in front; of instructions: answers to it.
 
         Raises:
           UserError: the prompt has characters outside the vocabulary, or no token at all.
@@ -156,6 +176,9 @@ class LanguageTask:
             new_tokens=cfg.max_new_tokens, vocab_size=self.source.vocab_size,
             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
         )  # fmt: skip
+        if self._has_turns:
+            answers = (self.source.until_end(row) for row in np.asarray(tokens_BxN))
+            return [f"{prompt}\n{continuation(tokenizer, ids_P, answer).strip()}" for answer in answers]
         return [prompt + continuation(tokenizer, ids_P, row) for row in np.asarray(tokens_BxN)]
 
     def show(self, params) -> Samples:
@@ -172,6 +195,10 @@ class LanguageTask:
     @property
     def _has_problems(self) -> bool:
         return hasattr(self.source, "problems")
+
+    @property
+    def _has_turns(self) -> bool:
+        return hasattr(self.source, "prompt_ids")
 
     def _answered(self, params) -> list[str]:
         prompts, answers, said = self._answers(params, self.sample.num_samples)
@@ -202,13 +229,38 @@ class LanguageTask:
             prompts_NxP, answers_NxA = self.source.problems("val", max(self.cfg.score_problems, cfg.num_samples))
             shape, new_tokens, options = prompts_NxP.shape, answers_NxA.shape[1], {"temperature": 0}
         else:  # no vocabulary here makes more tokens than there are characters, and only the end of a long prompt is read
-            length = self.model.cfg.block_size if cfg.prompt_file else min(len(cfg.prompt), self.model.cfg.block_size)
+            T, text = self.model.cfg.block_size, cfg.prompt
+            if self.data_cfg.name == "instructions":
+                text = "".join("." if s.is_special else s.text for s in prompt_segments(self.data_cfg, text))
+            length = T if cfg.prompt_file else min(len(text), T)
             shape, new_tokens = (cfg.num_samples, max(length, 1)), cfg.max_new_tokens
 
         def sample(params, prompt, key):
             return generate(self.model, params, prompt, key, new_tokens=new_tokens, vocab_size=vocab_size, **options)
 
         return sample, (params, jax.ShapeDtypeStruct(shape, jnp.int32), jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _with_vocabulary(recipe) -> data.DataConfig:
+    """A tokenizer of a file that nobody names is that which lies with the weights."""
+    cfg, weights = recipe.data, recipe.train.init_from
+    if cfg.tokenizer != "file" or cfg.vocab_path or not weights:
+        return cfg
+    return dataclasses.replace(cfg, vocab_path=locate(weights))
+
+
+def _is_packed(cfg: data.DataConfig) -> bool:
+    return cfg.name == "instructions" and cfg.pack
+
+
+def _check_packing(model, cfg: LanguageConfig) -> None:
+    """Raises a UserError unless the model can keep the examples of a row apart."""
+    if "segments_BxT" not in inspect.signature(type(model).__call__).parameters:
+        raise UserError(
+            f"a {type(model).__name__} cannot keep the examples of a row apart: set data.pack=False (one example a row)"
+        )
+    if cfg.chunk_length not in (0, model.cfg.block_size):
+        raise UserError("task.chunk_length carries a state past the ends of packed examples: set data.pack=False")
 
 
 def _prompt_of(cfg: SampleConfig) -> str | None:

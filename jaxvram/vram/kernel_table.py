@@ -10,7 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxvram.kernels import attention_pallas, linear_cross_entropy_pallas, scalar_decay_pallas, selective_scan_pallas
+from jaxvram.kernels import (
+    attention_pallas,
+    linear_cross_entropy_pallas,
+    nf4,
+    nf4_pallas,
+    scalar_decay_pallas,
+    selective_scan_pallas,
+)
 from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
@@ -121,6 +128,24 @@ def scalar_decay_probe(what: str, B, T, G, H, P, N) -> Probe:
     return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, (k, k, v, g, g), work)
 
 
+def nf4_probe(what: str, N, F, D, *, backward=True) -> Probe:
+    """bf16. Codes and decoded absmax are read by each block of rows; the rest, of few rows, is next to nothing."""
+    rows = jax.ShapeDtypeStruct((N, D), jnp.bfloat16)
+    apply = lambda x, w: nf4.nf4_linear(x, w, F)
+
+    def work(plan, width):
+        tile, splits = plan
+        weights = -(-N // tile.rows) * (F * D // 2 + 4 * F * D // nf4.BLOCK)
+        return Work(tile, 2 * N * F * D, weights + 2 * N * (F + D) + (4 * N * width * splits if splits > 1 else 0))
+
+    found = {"nf4_linear_forward": work(nf4_pallas.forward_plan(N, F, D, 2), F)}
+    fn = apply
+    if backward:
+        found["nf4_linear_backward"] = work(nf4_pallas.backward_plan(N, F, D, 2), D)
+        fn = jax.value_and_grad(lambda x, w: apply(x, w).astype(jnp.float32).sum())
+    return Probe(f"{what} {N} x {D} -> {F}, weights in NF4", fn, (rows, nf4.abstract((F, D))), found)
+
+
 def probes() -> list[Probe]:
     return [
         attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
@@ -132,6 +157,8 @@ def probes() -> list[Probe]:
         cross_entropy_probe("GPT-2", 8192, 768, 50304),
         selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
+        nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
+        nf4_probe("Llama", 64, 11008, 4096),
     ]
 
 

@@ -92,18 +92,18 @@ def test_char_files_are_nanogpts(texts, tmp_path):
 
 
 def test_a_run_goes_on_behind_the_finished_shards(texts, tmp_path, monkeypatch, gpt2):
-    monkeypatch.setattr(prepare, "gpt2_tokenizer", lambda *args: gpt2)
+    monkeypatch.setattr(prepare, "named_tokenizer", lambda *args: gpt2)
     whole = run(texts, tmp_path / "whole", shard_tokens=150, workers=1)
     out = tmp_path / "out"
-    encode = prepare._encode_gpt2
+    encode = prepare._encode
     for stop in (2, 8, 9, 6, 11):  # chunks until the run dies: in the first shard, in the second text, ...
         calls = iter(range(stop))
-        monkeypatch.setattr(prepare, "_encode_gpt2", lambda chunk, calls=calls: (next(calls), encode(chunk))[1])
+        monkeypatch.setattr(prepare, "_encode", lambda chunk, calls=calls: (next(calls), encode(chunk))[1])
         with pytest.raises((RuntimeError, StopIteration)):
             run(texts, out, shard_tokens=150, workers=1)
         assert not list(out.glob("*.bin.part"))
         kept = {f.name: f.stat().st_mtime_ns for f in out.glob("*.bin")}
-        monkeypatch.setattr(prepare, "_encode_gpt2", encode)
+        monkeypatch.setattr(prepare, "_encode", encode)
     assert len(kept) > 3
     assert len(run(texts, out, shard_tokens=150, workers=1)) == len(whole)
     assert contents(out) == contents(tmp_path / "whole")

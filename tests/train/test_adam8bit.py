@@ -1,4 +1,4 @@
-"""8-bit Adam: maps and steps against bitsandbytes, the nearest code against brute force, bytes, meshes, and that it learns."""
+"""8-bit Adam: maps and steps against bitsandbytes, nearest codes by brute force, bytes, meshes, and that it learns."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ import optax
 import pytest
 from adam8bit_on_devices import run
 
-from jaxvram.train.adam8bit import BLOCK, dynamic_map, nearest_code, scale_by_adam_8bit, value
+from jaxvram.train.adam8bit import dynamic_map, nearest_code, scale_by_adam_8bit, value
 from jaxvram.train.checkpoint import Checkpoints
 from jaxvram.train.optimizer import OptimizerConfig, ParamGroup, make_optimizer
 from jaxvram.train.program import make_program
