@@ -14,6 +14,7 @@ from jaxvram.errors import UserError, nearest
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
+from jaxvram.tasks.chat import chat
 from jaxvram.train import metrics, report
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
@@ -78,6 +79,9 @@ def evaluate(recipe, workdir: pathlib.Path, options) -> int:
 def sample(recipe, workdir: pathlib.Path, options) -> int:
     """What the recipe's sample section asks for, on the terminal and in samples/."""
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
+    if getattr(recipe.sample, "chat", False):
+        chat(task, params, sys.stdin, lambda text: print(text, end="", flush=True))
+        return 0
     samples = task.show_on_request(params)
     print(samples.text)
     stem = f"asked_{step:06d}_{time.strftime('%Y%m%d-%H%M%S')}"

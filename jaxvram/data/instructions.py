@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class InstructionSource:
 
     Args:
       encoded: {"train", "val"} -> [(ids int32 (N,), is_response bool (N,))].
-      prompt: a user's message -> the ids up to where the answer begins.
+      prompt: a user's message and the pairs (message, answer) before it -> the ids up to where the answer begins.
       end_ids: ids that end an answer.
     """
 
@@ -38,7 +39,7 @@ class InstructionSource:
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self.sequence_length = self.example_size = block_size
         self.seed, self.pack = seed, pack
-        self.prompt_ids, self._end_ids = prompt, end_ids
+        self.prompt_ids, self.end_ids = prompt, end_ids
         self._examples, self._packing, cut, dropped, count = {}, {}, 0, 0, 0
         for name in SPLITS:
             kept = []
@@ -93,7 +94,7 @@ class InstructionSource:
 
     def until_end(self, ids_N: np.ndarray) -> np.ndarray:
         """`ids_N` up to where an answer ends."""
-        ends = np.flatnonzero(np.isin(ids_N, self._end_ids))
+        ends = np.flatnonzero(np.isin(ids_N, self.end_ids))
         return ids_N[: ends[0]] if len(ends) else ids_N
 
 
@@ -126,7 +127,7 @@ def load_instructions(cfg, block_size: int, seed: int) -> InstructionSource:
     return InstructionSource(
         {"train": encoded(order[held_out:]), "val": encoded(order[:held_out])},
         tokenizer,
-        lambda message: prompt_styles.encode(prompt_segments(cfg, message), tokenizer)[0],
+        lambda message, said=(): prompt_styles.encode(prompt_segments(cfg, message, said), tokenizer)[0],
         prompt_styles.end_ids(cfg.prompt_style, tokenizer),
         block_size, seed, cfg.loss_on, cfg.pack, what,
     )  # fmt: skip
@@ -139,9 +140,10 @@ def _segments(cfg, conversation: Conversation) -> list[Segment]:
         raise UserError(f"{conversation.where}: {error}") from error
 
 
-def prompt_segments(cfg, message: str) -> list[Segment]:
-    """A user's message, up to where the answer begins."""
-    return prompt_styles.segments_of(cfg.prompt_style, cfg.system, [Message("user", message)])
+def prompt_segments(cfg, message: str, said: Iterable[tuple[str, str]] = ()) -> list[Segment]:
+    """A user's message after those that were answered, up to where the answer begins."""
+    turns = [Message(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return prompt_styles.segments_of(cfg.prompt_style, cfg.system, [*turns, Message("user", message)])
 
 
 def _tokenizer(cfg, conversations):

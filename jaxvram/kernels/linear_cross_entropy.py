@@ -105,10 +105,17 @@ def linear_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(spec: Spec, chunk, implementation: str, hidden_BxTxD, head, targets_BxT):
-    return _forward(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)[0]
+    return _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)
 
 
-def _forward(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT):
+def _forward(spec, chunk, implementation, *primals):
+    hidden_BxTxD, head, targets_BxT = (primal.value for primal in primals)
+    results = _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)
+    is_frozen = None if primals[1].perturbed else ()  # a tree's form, so that it is known when the backward pass is traced
+    return results, (hidden_BxTxD, head, targets_BxT, results[1], is_frozen)
+
+
+def _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT):
     cast = head.astype(hidden_BxTxD.dtype)
     lse_BxT, target_logit_BxT, sum_BxT = backend.dispatch(
         implementation,
@@ -117,8 +124,7 @@ def _forward(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT):
         hidden_BxTxD, cast, targets_BxT,
     )  # fmt: skip
     loss_BxT = spec.loss(lse_BxT, target_logit_BxT, sum_BxT / spec.counted(head.shape[spec.vocab_axis]))
-    results = jnp.where(targets_BxT >= 0, loss_BxT, 0), lse_BxT
-    return results, (hidden_BxTxD, head, targets_BxT, lse_BxT)
+    return jnp.where(targets_BxT >= 0, loss_BxT, 0), lse_BxT
 
 
 def _statistics_by_kernel(spec, hidden_BxTxD, head, targets_BxT, *, interpret):
@@ -156,25 +162,29 @@ def _statistics_by_xla(spec, chunk, hidden_BxTxD, head, targets_BxT):
 
 
 def _backward(spec, chunk, implementation, residuals, cotangents):
-    """With p the softmax: dlogits = (p (g (1 + 2 z lse) + g_lse) - wanted g) slope;  dh = dlogits w;  dw = dlogits^T h."""
-    hidden_BxTxD, head, targets_BxT, lse_BxT = residuals
-    g_BxT, g_lse_BxT = cotangents
+    """With p the softmax: dlogits = (p (g (1 + 2 z lse) + g_lse) - wanted g) slope;  dh = dlogits w;  dw = dlogits^T h.
+
+    dw is not made where the head is frozen.
+    """
+    hidden_BxTxD, head, targets_BxT, lse_BxT, is_frozen = residuals
+    is_zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
+    g_BxT, g_lse_BxT = (jnp.zeros(g.shape, g.dtype) if is_zero(g) else g for g in cotangents)
     g_BxT = jnp.where(targets_BxT >= 0, g_BxT, 0)
     weight_BxT = g_BxT * (1 + 2 * spec.z_loss * lse_BxT) + g_lse_BxT
     dhidden_BxTxD, dhead = backend.dispatch(
         implementation,
-        functools.partial(_gradients_by_kernel, spec, chunk),
-        functools.partial(_gradients_by_xla, spec, chunk),
+        functools.partial(_gradients_by_kernel, spec, chunk, is_frozen is None),
+        functools.partial(_gradients_by_xla, spec, chunk, is_frozen is None),
         hidden_BxTxD, head.astype(hidden_BxTxD.dtype), targets_BxT, lse_BxT, weight_BxT, g_BxT,
     )  # fmt: skip
     no_gradient = np.zeros(targets_BxT.shape, jax.dtypes.float0)
-    return dhidden_BxTxD, dhead.astype(head.dtype), no_gradient
+    return dhidden_BxTxD, None if dhead is None else dhead.astype(head.dtype), no_gradient
 
 
-_loss.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gradients_by_kernel(spec, chunk, hidden_BxTxD, head, *rows_BxT, interpret):
+def _gradients_by_kernel(spec, chunk, wants_head, hidden_BxTxD, head, *rows_BxT, interpret):
     N = hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1]
     one_row = lambda x: x.reshape(1, N, *x.shape[2:])
 
@@ -182,11 +192,12 @@ def _gradients_by_kernel(spec, chunk, hidden_BxTxD, head, *rows_BxT, interpret):
         return kernels.dlogits(spec, hidden_1xCxD[0], head, *(x[0] for x in rows_1xC), interpret=interpret)[None]
 
     C = chunk or chunk_length(hidden_BxTxD.dtype.itemsize, 1, N, head.shape[spec.vocab_axis])
-    dhidden_1xNxD, dhead = _gradients(spec, C, dlogits, one_row(hidden_BxTxD), head, *map(one_row, rows_BxT))
+    rows_1xN = map(one_row, rows_BxT)
+    dhidden_1xNxD, dhead = _gradients(spec, C, wants_head, dlogits, one_row(hidden_BxTxD), head, *rows_1xN)
     return dhidden_1xNxD.reshape(hidden_BxTxD.shape), dhead
 
 
-def _gradients_by_xla(spec, chunk, hidden_BxTxD, head, *rows_BxT):
+def _gradients_by_xla(spec, chunk, wants_head, hidden_BxTxD, head, *rows_BxT):
     V = head.shape[spec.vocab_axis]
 
     def dlogits(hidden_BxCxD, targets_BxC, lse_BxC, weight_BxC, g_BxC):
@@ -199,20 +210,22 @@ def _gradients_by_xla(spec, chunk, hidden_BxTxD, head, *rows_BxT):
         return dlogits_BxCxV.astype(hidden_BxCxD.dtype)
 
     C = chunk or chunk_length(4, *hidden_BxTxD.shape[:2], V)
-    return _gradients(spec, C, dlogits, hidden_BxTxD, head, *rows_BxT)
+    return _gradients(spec, C, wants_head, dlogits, hidden_BxTxD, head, *rows_BxT)
 
 
-def _gradients(spec, C, dlogits, hidden_BxTxD, head, *rows_BxT):
-    """(dhidden, dhead in fp32): chunk after chunk, `dlogits` and the products with it."""
+def _gradients(spec, C, wants_head: bool, dlogits, hidden_BxTxD, head, *rows_BxT):
+    """(dhidden, dhead in fp32 or None): chunk after chunk, `dlogits` and the products with it."""
     by_hidden, by_head = ("bcv,vd->bcd", "bcv,bcd->vd") if spec.vocab_axis == 0 else ("bcv,dv->bcd", "bcv,bcd->dv")
 
     def of_chunk(dhead, chunk_of):
         hidden_BxCxD, *rows_BxC = chunk_of
         dlogits_BxCxV = dlogits(hidden_BxCxD, *rows_BxC)
-        dhead += jnp.einsum(by_head, dlogits_BxCxV, hidden_BxCxD, preferred_element_type=jnp.float32)
+        if wants_head:
+            dhead += jnp.einsum(by_head, dlogits_BxCxV, hidden_BxCxD, preferred_element_type=jnp.float32)
         return dhead, jnp.einsum(by_hidden, dlogits_BxCxV, head)
 
-    dhead, dhidden_BxTxD = _over_chunks(of_chunk, jnp.zeros(head.shape, jnp.float32), C, hidden_BxTxD, *rows_BxT)
+    dhead = jnp.zeros(head.shape, jnp.float32) if wants_head else None
+    dhead, dhidden_BxTxD = _over_chunks(of_chunk, dhead, C, hidden_BxTxD, *rows_BxT)
     return dhidden_BxTxD, dhead
 
 

@@ -1,4 +1,4 @@
-"""Weights of four bits, bit for bit as bitsandbytes has them, and products with them (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+"""Weights of four bits, bit for bit as bitsandbytes has them, and products with them (QLoRA, arXiv:2305.14314).
 
   w_i = VALUES[code_i] absmax_{i // 64};  absmax_j = MAP[absmax code_j] scale_{j // 256} + offset;  y = x W^T, dx = dy W
 
@@ -90,10 +90,7 @@ def quantize(w_FxD, xp=jnp) -> NF4:
     pieces = [w_FxD] if xp is jnp else _pieces(w_FxD)
     codes, absmax = zip(*(_codes(xp.asarray(piece).reshape(-1).astype(xp.float32), xp) for piece in pieces), strict=True)
     absmax = xp.concatenate(absmax)
-    count = np.float32(absmax.size)
-    if xp is jnp:  # by a constant, XLA would not divide, but multiply by its inverse
-        count = lax.optimization_barrier(jnp.asarray(count))
-    offset = _sum_as_torch(absmax, xp) / count
+    offset = _mean_as_torch(absmax, xp)
     absmax_codes, scales = _dynamic_codes(absmax - offset, xp)
     return NF4(xp.concatenate(codes), absmax_codes, scales, offset)
 
@@ -132,26 +129,27 @@ def _dynamic_codes(x, xp):
     return xp.where((scales == 0)[:, None], xp.uint8(0), codes).reshape(-1)[: x.size], scales
 
 
-def _sum_as_torch(x, xp):
-    """The sum in PyTorch's order of additions on one core, by which the last bit of the mean, and so every value, hangs.
+def _mean_as_torch(x, xp):
+    """With PyTorch's order of additions on one core, on which the last bit of the mean, and so every value, depends.
 
-    32 running sums side by side, each in a cascade of four levels: 16 (or more) of one are one of the next.
+    32 running sums side by side, each in a cascade of four levels: 16 of one are one of the next (from 16 million on, more).
     """
     lanes, rows = (8 if x.size >= 8 else 1), 4
     wide = x.size // (lanes * rows)
-    level_step = 1 << max(4, (max(wide, 1) - 1).bit_length() // 4)
     at_NxL = x[: wide * lanes * rows].reshape(wide, lanes * rows)
     levels = []
     for _ in range(3):
-        whole = len(at_NxL) // level_step * level_step
+        whole = len(at_NxL) // 16 * 16
         levels.append(_running_sum(at_NxL[whole:], xp))
-        at_NxL = _running_sum(at_NxL[:whole].reshape(-1, level_step, lanes * rows).swapaxes(0, 1), xp)
+        at_NxL = _running_sum(at_NxL[:whole].reshape(-1, 16, lanes * rows).swapaxes(0, 1), xp)
     levels.append(_running_sum(at_NxL, xp))
     first, *others = functools.reduce(xp.add, levels).reshape(rows, lanes)
     rest = x[wide * lanes * rows :]
     vectors, scalars = rest[: rest.size // lanes * lanes].reshape(-1, lanes), rest[rest.size // lanes * lanes :]
     sums = functools.reduce(xp.add, [first, *vectors, *others])
-    return functools.reduce(xp.add, [xp.float32(0), *scalars, *sums])
+    total, count = functools.reduce(xp.add, [xp.float32(0), *scalars, *sums]), np.float32(x.size)
+    # XLA would not divide by a constant, but multiply by its inverse
+    return total / (lax.optimization_barrier(jnp.asarray(count)) if xp is jnp else count)
 
 
 def _running_sum(x, xp):
@@ -168,15 +166,30 @@ def decode_absmax(nf4: NF4):
     return jnp.clip(scaled, -scales, scales) + nf4.offset
 
 
+def _values(codes):
+    """fp32 VALUES of the last four bits of int32 codes: a choice a bit, between the bits of two floats.
+
+    Not jnp.where: it makes arrays of its constants, and those, the same in every layer, scan would make before its loop
+    and keep for the backward pass. Nor a table: XLA's gather is slower than its arithmetic.
+    """
+    level = [int(bits) for bits in VALUES.view(np.int32)]
+    for bit in range(4):
+        mask = -((codes >> bit) & 1)
+        level = [(mask & (low ^ high)) ^ low for low, high in zip(level[::2], level[1::2], strict=True)]
+    return lax.bitcast_convert_type(level[0], jnp.float32)
+
+
 def dequantize(nf4: NF4, shape: tuple[int, ...], dtype):
     """The array; in fp32 equal to bitsandbytes' bit for bit, in another dtype that rounded."""
     if abstract(shape) != jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nf4):
         raise ValueError(f"nf4: these leaves are not of an array of shape {shape}: {jax.tree.map(jnp.shape, nf4)}")
-    codes = nf4.codes.astype(jnp.int32)
-    values = jnp.stack([nf4_pallas.value_of(codes >> 4), nf4_pallas.value_of(codes & 15)], axis=-1).reshape(-1)
-    absmax = decode_absmax(nf4)
-    each = jnp.broadcast_to(absmax[:, None], (absmax.size, BLOCK)).reshape(-1)[: values.size]
-    return (values * each).reshape(shape).astype(dtype)
+    # Two nibbles by a shift along an axis of two, not by a stack: XLA would write down what it stacks, in fp32.
+    codes = nf4.codes.astype(jnp.int32)[:, None] >> jnp.array([4, 0])
+    values, absmax = _values(codes).reshape(-1), decode_absmax(nf4)
+    if values.size % BLOCK:
+        each = jnp.broadcast_to(absmax[:, None], (absmax.size, BLOCK)).reshape(-1)[: values.size]
+        return (values * each).reshape(shape).astype(dtype)
+    return (values.reshape(-1, BLOCK) * absmax[:, None]).reshape(shape).astype(dtype)
 
 
 def nf4_linear_reference(x_xD, nf4: NF4, features: int):
@@ -199,7 +212,8 @@ def nf4_linear(x_xD, nf4: NF4, features: int, implementation="auto"):
     """
     D = x_xD.shape[-1]
     if nf4.codes.shape != (features * D // 2,) or features * D % 2:
-        raise ValueError(f"nf4_linear: x {x_xD.shape} and {nf4.codes.shape} codes do not belong to ({features}, {D}) weights")
+        shapes = f"x {x_xD.shape} and {nf4.codes.shape} codes"
+        raise ValueError(f"nf4_linear: {shapes} do not belong to ({features}, {D}) weights")
     obstacle = None if D % BLOCK == 0 else f"D={D} is not a multiple of {BLOCK}"
     choice = backend.choose("nf4_linear", implementation, obstacle)
     x_NxD = x_xD.reshape(-1, D)
@@ -220,8 +234,8 @@ def _bytes(N: int, F: int, D: int, itemsize: int) -> tuple[int, int]:
     tile, splits = nf4_pallas.forward_plan(N, F, D, itemsize)
     blocks = -(-N // tile.rows)
     partial_sums = 2 * 4 * N * F * splits if splits > 1 else 0
-    by_kernel = absmax + 4 * absmax + blocks * (codes + 4 * absmax) + 3 * x + partial_sums + y  # x: its columns are parted first
-    return by_kernel, codes + absmax + 2 * F * D * itemsize + x + y
+    weights = absmax + 4 * absmax + blocks * (codes + 4 * absmax)
+    return weights + 3 * x + partial_sums + y, codes + absmax + 2 * F * D * itemsize + x + y  # 3: x is parted before
 
 
 def _xla_forward(features, x_NxD, nf4):
@@ -243,8 +257,6 @@ def _kernel(of, features):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(implementation, features, x_NxD, nf4):
-    # Else XLA could make every layer's W at once, since none waits for x.
-    x_NxD, nf4 = lax.optimization_barrier((x_NxD, nf4))
     xla = functools.partial(_xla_forward, features)
     return backend.dispatch(implementation, _kernel(nf4_pallas.forward, features), xla, x_NxD, nf4)
 

@@ -50,7 +50,8 @@ def _decoded(codes_ref, absmax_ref, rows, first_byte, count, shape, dtype):
         None if P % count == 0 else (first_byte // unit + jnp.arange(count // unit) < P // unit)[None, :]
         for unit in (1, BYTES)
     )
-    codes = backend.load(codes_ref.at[at_rows, pl.ds(first_byte, count)], mask=_both(inside_rows, byte_inside, (size, count)))
+    mask = _both(inside_rows, byte_inside, (size, count))
+    codes = backend.load(codes_ref.at[at_rows, pl.ds(first_byte, count)], mask=mask)
     blocks = count // BYTES
     mask = _both(inside_rows, block_inside, (size, blocks))
     absmax = backend.load(absmax_ref.at[at_rows, pl.ds(first_byte // BYTES, blocks)], mask=mask)

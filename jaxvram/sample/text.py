@@ -13,6 +13,7 @@ from jaxvram.errors import UserError
 class SampleConfig:
     prompt: str = "\n"  # what to continue
     prompt_file: str = ""  # a text file to continue instead
+    chat: bool = False  # --mode=sample answers the lines of standard input, one after the other; instruction data
     num_samples: int = 4  # continuations, side by side
     max_new_tokens: int = 256
     temperature: float = 0.8  # divides the logits; 0: always the likeliest token

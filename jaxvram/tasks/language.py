@@ -116,7 +116,10 @@ class LanguageTask:
         hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, **options)
         head_VxD = self.model.apply(variables, method="head_VxD")
         cfg = self.model.cfg
-        loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, cfg.vocab_size, implementation=cfg.kernels)
+        # A head of its own is stored (D, V): turned back here, or a kernel would be given a turned copy of it.
+        head, vocab_axis = (head_VxD, 0) if cfg.tie_head else (head_VxD.T, 1)
+        options = {"vocab_axis": vocab_axis, "implementation": cfg.kernels}
+        loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head, targets_BxT, cfg.vocab_size, **options)
         return loss_BxT.sum(), state
 
     def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key):

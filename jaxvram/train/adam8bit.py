@@ -4,8 +4,8 @@ A moment is cut into blocks of 256 along the flattened array. A block is stored 
 each element, the index of the entry of a *dynamic map* that is nearest to element / magnitude. The map has seven decades;
 each has twice as many entries as the one below, so small elements keep their size and large ones are precise.
 
-Codes are computed, not looked up, and a moment is computed twice: for its blocks' largest magnitudes, then for its codes.
-So the compiler makes a few kernels of it all that read and write codes, and no moment is ever in memory in fp32.
+Codes are computed, not looked up, and moments are computed twice: for their blocks' largest magnitudes, then for step and
+codes. So the compiler makes two kernels of an array's update, in place, and no moment is ever in memory in fp32.
 """
 
 import math
@@ -45,7 +45,7 @@ def _thresholds(signed: bool) -> np.ndarray:
     if not signed:
         # A second moment that was ever positive stays so. Rounded to 0 beside a first moment that was not, it would make
         # the next update as large as first moment / eps.
-        middles[0] = 0.0
+        middles[0] = np.finfo(np.float32).tiny
     return middles
 
 
@@ -83,25 +83,29 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
         # 1 - b^count; as a difference it would lose five digits of 1 - 0.999.
         corrections = [-jnp.expm1(count * (math.log(b) if b else -math.inf)) for b in (b1, b2)]
         leaves, tree = jax.tree.flatten(grads)
+        direction = lambda mu, nu: (mu / corrections[0]) / (jnp.sqrt(nu / corrections[1]) + eps)
+        decays = jnp.float32(b1), jnp.float32(b2)
         olds = zip(*(tree.flatten_up_to(part) for part in state[1:]), strict=True)
 
-        def of_small(g, mu, nu):
-            g = g.astype(jnp.float32)
-            mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
-            return (mu / corrections[0]) / (jnp.sqrt(nu / corrections[1]) + eps), mu, nu
+        def of_leaf(g, *old):
+            large, g_xN = _is_large(g), (to_blocks(g) if _is_large(g) else g).astype(jnp.float32)
 
-        def of_leaf(g, mu, mu_absmax, nu, nu_absmax):
-            if not _is_large(g):
-                step, mu, nu = of_small(g, mu, nu)
-                return step, mu, mu_absmax, nu, nu_absmax
-            g_xN = to_blocks(g)
-            new = lambda mu, nu: of_small(g_xN, dequantise(mu, mu_absmax, True), dequantise(nu, nu_absmax, False))
-            absmax = tuple(jnp.abs(x_xN).max(-1) for x_xN in new(mu, nu)[1:])
-            # Computed again from the codes rather than kept in fp32 until the magnitudes are known.
-            (mu, nu), absmax = jax.lax.optimization_barrier(((mu, nu), absmax))
-            step_xN, mu_xN, nu_xN = new(mu, nu)
-            step = step_xN.reshape(-1)[: g.size].reshape(g.shape)
-            mu, nu = quantise(mu_xN, absmax[0], mu.shape, True), quantise(nu_xN, absmax[1], nu.shape, False)
+            def moments(mu, mu_absmax, nu, nu_absmax, decays=decays):
+                d1, d2 = decays
+                if large:
+                    mu, nu = dequantise(mu, mu_absmax, True), dequantise(nu, nu_absmax, False)
+                return d1 * mu + (1 - d1) * g_xN, d2 * nu + (1 - d2) * g_xN * g_xN
+
+            mu_xN, nu_xN = moments(*old)
+            if not large:
+                return direction(mu_xN, nu_xN), mu_xN, old[1], nu_xN, old[3]
+            absmax = tuple(jnp.abs(x_xN).max(-1) for x_xN in (mu_xN, nu_xN))
+            # Computed again from the codes, rather than kept in fp32 until the magnitudes are known. To the compiler the
+            # operands are others; of the same it would make one.
+            *again, absmax = jax.lax.optimization_barrier((old, decays, absmax))
+            mu_xN, nu_xN = moments(*again[0], again[1])
+            mu, nu = quantise(mu_xN, absmax[0], old[0].shape, True), quantise(nu_xN, absmax[1], old[2].shape, False)
+            step = direction(mu_xN, nu_xN).reshape(-1)[: g.size].reshape(g.shape)
             return step, mu, absmax[0], nu, absmax[1]
 
         done = [of_leaf(g, *old) for g, old in zip(leaves, olds, strict=True)]
@@ -122,14 +126,15 @@ def nearest_code(x, signed: bool):
     thresholds, zero, decade_0 = THRESHOLDS[signed], 127 if signed else 0, 0 if signed else 1
     size = jnp.abs(x)
     # Codes counted from that of 0 (unsigned: from 1) are like floats: n = 2^decade to 2n - 1 are the parts of a decade.
-    n, slope = jnp.full_like(x, 2.0**decade_0 / 2), jnp.zeros_like(x)
+    # Nowhere here or below is there a 0.0: XLA would merge it with the zeros in which gradients begin, and keep those.
+    n, slope = 2.0**decade_0 / 2, 1.0
     for decade in range(DECADES):
         first = 2 ** (decade_0 + decade)
         above = size > float(thresholds[zero + first - 1 - decade_0])
         n = jnp.where(above, float(first), n)
         slope = jnp.where(above, first / 0.9 * 10.0 ** (DECADES - 1 - decade), slope)
     code = jnp.clip(jnp.floor(size * slope + n * (8 / 9)), n, 2 * n - 1) - decade_0
-    code = zero + jnp.where(x < 0, -code, code) if signed else code
+    code = zero + jnp.where(x < float(thresholds[zero - 1]), -code, code) if signed else code
     return (code + (x > float(thresholds[-1]))).astype(jnp.uint8)
 
 
@@ -142,7 +147,8 @@ def value(codes, signed: bool):
     """dynamic_map(signed)[codes], but for rounding; by arithmetic, since XLA would keep what it looks up."""
     zero, decade_0 = (127, 0) if signed else (-1, 1)
     count = jnp.abs(codes.astype(jnp.float32) - zero)
-    offset, slope = jnp.zeros_like(count), jnp.zeros_like(count)
+    slope = 2.0**-20  # of code 0 alone; it gives 0 without rounding
+    offset = -(decade_0 + 0.5) * slope
     for decade in range(DECADES):
         first, top = 2.0 ** (decade_0 + decade), 10.0 ** (decade - DECADES + 1)
         offset = jnp.where(count >= first, -0.8 * top, offset)

@@ -20,6 +20,7 @@ from jaxvram.vram.compile import Compiled
 
 OWNERS = {  # in the order of the picture, with the rule that decides
     "parameters": "arguments or results under params/",
+    "frozen parameters": "arguments or results under frozen/: those that are not trained",
     "weight average": "arguments or results under ema/",
     "optimizer state": "arguments or results under opt_state/",
     "gradients": "made by the program with the shape and dtype of a parameter, or of one layer of it",
@@ -34,6 +35,7 @@ OWNERS = {  # in the order of the picture, with the rule that decides
 }
 TOPS = {
     "params": "parameters",
+    "frozen": "frozen parameters",
     "ema": "weight average",
     "opt_state": "optimizer state",
     "batch": "batch",

@@ -11,6 +11,7 @@ from jaxvram.vram.cards import GIB, size
 INK, MUTED, GRID, BAD = "#1b1f27", "#6a7282", "#e4e7ec", "#d1242f"
 COLOURS = {  # blues stay for the whole run, warm tones are gradients and copies, greens are activations
     "parameters": "#1d4f9e",
+    "frozen parameters": "#5f7f9e",
     "weight average": "#4f86d6",
     "optimizer state": "#9cbfee",
     "gradients": "#e2792f",

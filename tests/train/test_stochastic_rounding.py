@@ -124,7 +124,7 @@ def toy(quick_compile):
         optimizer = OptimizerConfig(stochastic_rounding=stochastic, learning_rate=1e-3, schedule="constant", groups=ALL)
         tx, schedule = make_optimizer(optimizer, params, cfg.steps)
         step = jax.jit(make_train_step(task, tx, schedule, cfg, stochastic))
-        return step, init_state(task, tx, cfg, params)
+        return step, init_state(tx, cfg, params, {})
 
     return make
 
