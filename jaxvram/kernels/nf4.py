@@ -111,7 +111,7 @@ def _codes(w, xp):
     scaled = (blocks * (1 / xp.maximum(absmax, TINY))[:, None]).reshape(-1)
     if rest.size:
         last = xp.abs(rest).max()
-        scaled = xp.concatenate([scaled, rest / xp.maximum(last, TINY)])
+        scaled = xp.concatenate([scaled, _divide(rest, xp.maximum(last, TINY), xp)])
         absmax = xp.concatenate([absmax, last[None]])
     codes = xp.zeros(scaled.shape, xp.uint8)
     for bound in BOUNDS:
@@ -147,9 +147,12 @@ def _mean_as_torch(x, xp):
     rest = x[wide * lanes * rows :]
     vectors, scalars = rest[: rest.size // lanes * lanes].reshape(-1, lanes), rest[rest.size // lanes * lanes :]
     sums = functools.reduce(xp.add, [first, *vectors, *others])
-    total, count = functools.reduce(xp.add, [xp.float32(0), *scalars, *sums]), np.float32(x.size)
-    # XLA would not divide by a constant, but multiply by its inverse
-    return total / (lax.optimization_barrier(jnp.asarray(count)) if xp is jnp else count)
+    return _divide(functools.reduce(xp.add, [xp.float32(0), *scalars, *sums]), np.float32(x.size), xp)
+
+
+def _divide(x, y, xp):
+    """x / y, rounded once: where XLA sees that y is one number, it multiplies by the inverse of that."""
+    return x / (lax.optimization_barrier(jnp.broadcast_to(y, x.shape)) if xp is jnp else y)
 
 
 def _running_sum(x, xp):

@@ -50,11 +50,11 @@ class Stream:
         if self._state is None or self.seen != ids[: len(self.seen)] or len(ids) == len(self.seen):
             self.seen, self._state = [], self._empty(self._params)
         token = self._feed(ids[len(self.seen) :])
-        for _ in range(self.cfg.max_new_tokens):
+        for more in reversed(range(self.cfg.max_new_tokens)):
             if token in end_ids:
                 return
             yield token
-            if self.context is not None and len(self.seen) >= self.context:
+            if not more or (self.context is not None and len(self.seen) >= self.context):
                 return
             token = self._feed([token])
 

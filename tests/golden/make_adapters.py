@@ -1,4 +1,4 @@
-"""Makes adapters_tiny.npz: a tiny Llama with peft's LoRA, DoRA and prompts: logits, loss and the gradients of what is trained.
+"""Makes adapters_tiny.npz: a tiny Llama with peft's LoRA, DoRA and prompts: logits, loss, gradients of what is trained.
 
   python tests/golden/make_adapters.py     (needs torch, transformers, peft; the tests that read the file do not)
 

@@ -72,7 +72,7 @@ def gradients(n):
 
 
 def test_steps_are_those_of_bitsandbytes():
-    """Its codes on a CPU are not the nearest, by up to seven below 1e-4 of the largest, and later steps know of it."""
+    """Each from its state and weights: on a CPU its codes are not the nearest, by up to seven below 1e-4 of the largest."""
     bitsandbytes, torch = pytest.importorskip("bitsandbytes"), pytest.importorskip("torch")
     start = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
@@ -80,32 +80,48 @@ def test_steps_are_those_of_bitsandbytes():
     groups = {"all": ParamGroup(".*", 0.1)}
     cfg = OptimizerConfig(name="adamw_8bit", learning_rate=1e-3, schedule="constant", clip_norm=0, groups=groups)
     tx, _ = make_optimizer(cfg, start, 10)
-    params, state, update = start, tx.init(start), jax.jit(tx.update)
-    for n in range(6):
+    state, update = tx.init(start), jax.jit(tx.update)
+    for n in range(5):
         for name, g in gradients(n).items():
             theirs[name].grad = torch.tensor(g)
-        reference.step()
+        params = {name: p.detach().numpy().copy() for name, p in theirs.items()}
+        if n:
+            state = (as_theirs(state[0], {name: reference.state[p] for name, p in theirs.items()}), *state[1:])
         updates, state = update(gradients(n), state, params)
         params = optax.apply_updates(params, updates)
-        moments = next(s for s in state if hasattr(s, "mu_absmax"))
+        reference.step()
         for name, p in theirs.items():
-            off = np.abs(params[name] - p.detach().numpy())
-            assert off.max() <= 2e-7 if n == 0 else np.quantile(off, 0.999) <= 1.4e-4, (name, n)
-            for ours, number in ((moments.mu, 1), (moments.nu, 2)):
-                compare(np.asarray(ours[name]), reference.state[p][f"state{number}"].numpy(), number == 1)
-    for ours, number in ((moments.mu_absmax, 1), (moments.nu_absmax, 2)):
-        for name in ("even", "odd", "least"):
-            np.testing.assert_allclose(ours[name].reshape(-1), reference.state[theirs[name]][f"absmax{number}"], rtol=0.01)
+            np.testing.assert_allclose(params[name], p.detach(), rtol=0, atol=2e-7, err_msg=f"{name} {n}")
+            expected, given = as_theirs(state[0], {name: reference.state[p] for name, p in theirs.items()}), state[0]
+            compare(np.asarray(given.mu[name]), expected.mu[name], True)
+            compare(np.asarray(given.nu[name]), expected.nu[name], False)
+            if name in ("even", "odd", "least"):
+                np.testing.assert_allclose(given.mu_absmax[name], expected.mu_absmax[name], rtol=1e-6)
+                np.testing.assert_allclose(given.nu_absmax[name], expected.nu_absmax[name], rtol=1e-6)
+
+
+def as_theirs(state, reference):
+    """Our state with the codes and magnitudes of theirs."""
+    new = {}
+    for ours, number, zero in (("mu", 1, 127), ("nu", 2, 0)):
+        codes, absmax = dict(getattr(state, ours)), dict(getattr(state, f"{ours}_absmax"))
+        for name, their in reference.items():
+            flat = their[f"state{number}"].numpy().reshape(-1)
+            flat = np.pad(flat, (0, codes[name].size - flat.size), constant_values=zero)
+            codes[name] = flat.reshape(codes[name].shape)
+            if flat.dtype == np.uint8:
+                absmax[name] = their[f"absmax{number}"].numpy().reshape(absmax[name].shape).copy()
+        new |= {ours: codes, f"{ours}_absmax": absmax}
+    return state._replace(**new)
 
 
 def compare(ours, theirs, signed):
-    assert (ours.dtype == np.uint8) == (theirs.size >= 4096) == (theirs.dtype == np.uint8)
-    if ours.dtype != np.uint8:
+    assert ours.dtype == theirs.dtype == (np.uint8 if ours.size >= 4096 else np.float32)
+    if ours.dtype == np.float32:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-9)
         return
-    ours = ours.reshape(-1)[: theirs.size]
-    apart = np.abs(ours.astype(int) - theirs.reshape(-1))[np.abs(dynamic_map(signed)[ours]) > 1e-4]
-    assert apart.max() <= 1 and (apart > 0).mean() < 0.05
+    apart = np.abs(ours.astype(int) - theirs)[np.abs(dynamic_map(signed)[ours]) > 1e-4]
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.02
 
 
 def state_bytes(shape):
@@ -235,23 +251,33 @@ def test_two_devices_learn_what_one_does_and_share_the_codes(two, quick_compile)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(4, 1024, 4096), (4, 1000, 1001)])
+@pytest.mark.parametrize("shape", [(4, 1024, 2048), (4, 1000, 1001)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_moment_is_ever_in_memory_in_fp32(shape, dtype):
-    """An update in place, behind sums that begin with zeros and with its clip, guard and rounding, takes 16 bytes a block."""
-    cfg = OptimizerConfig(name="adamw_8bit", clip_norm=0, stochastic_rounding=dtype == "bfloat16", groups=ALL)
-    tx, _ = make_optimizer(cfg, {"w": jax.ShapeDtypeStruct(shape, dtype)}, 10)
-    step = one_step(tx, cfg)
-    params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
-    good, key = jax.ShapeDtypeStruct((), bool), jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    compiled = compile_for(cards.find("rtx4070"), step, ((params, jax.eval_shape(tx.init, params)), params, good, key), (0,))
-    assert compiled.temporary_bytes <= 0.07 * np.prod(shape)
-    assert compiled.output_bytes - compiled.aliased_bytes < 1000
+    """Nor a second gradient: clipped, guarded and rounded in place it takes as much beside the gradient as AdamW does."""
+    temporary = {}
+    for name in ("adamw", "adamw_8bit"):
+        params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
+        cfg = OptimizerConfig(name=name, stochastic_rounding=dtype == "bfloat16", groups={"all": ParamGroup(".*", 0.1)})
+        tx, _ = make_optimizer(cfg, params, 10)
+        state = params, jax.eval_shape(tx.init, params)
+        xs, key = jax.ShapeDtypeStruct((4, 128, 2048), "float32"), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+        compiled = compile_for(cards.find("rtx4070"), one_step(tx, cfg), (state, xs, key), (0,))
+        assert compiled.output_bytes - compiled.aliased_bytes < 1000
+        temporary[name] = compiled.temporary_bytes
+    assert temporary["adamw_8bit"] <= temporary["adamw"] + 0.1 * np.prod(shape)
 
 
 def one_step(tx, cfg):
-    def step(state, grads, good, key):
+    """With gradients from a scan, as those of a stack of layers are: XLA merges its zeros with any others of their shape."""
+
+    def step(state, xs, key):
         params, moments = state
+        (L, D, F), dtype = params["w"].shape, params["w"].dtype
+        of_layer = lambda x: (x.T @ x)[:D, :F].astype(dtype)
+        grads = {"w": jax.lax.scan(lambda carry, x: (carry, of_layer(x)), 0.0, xs[:L])[1]}
+        grads = jax.tree.map(lambda g: (g / xs.sum()).astype(dtype), grads)
+        good = jnp.isfinite(optax.tree.norm(grads))
         updates, new = tx.update(grads, moments, params)
         new = apply_updates(params, updates, key) if cfg.stochastic_rounding else optax.apply_updates(params, updates), new
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
