@@ -21,7 +21,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
                   or images (--config.sample.classes=..., .sampler, .steps, .guidance, .num_samples, .seed)
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
-  --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR)
+  --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR), or a folder of images to latents
                   (--autoencoder=random, --image_size=256 as well)
@@ -128,6 +128,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("out", None, "For export and prepare: the folder to write.")
     text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
     text("tokenizer", "gpt2", "For prepare: gpt2, char, neox or file.")
+    about = "For export: write what fine-tuning added, as a folder of peft's, instead of the merged model."
+    flags.DEFINE_boolean("adapter", False, about, flag_values=values)
     text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")
     text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")

@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxvram.convert import converter
+from jaxvram.convert import converter, peft
 from jaxvram.convert.packaged import locate
 from jaxvram.errors import UserError, nearest
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
@@ -96,6 +96,10 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if not options.out:
         raise UserError("--mode=export needs --out=DIR")
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
+    if options.adapter:
+        peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
+        print(f"what step {step} of {workdir} added, as a folder of peft's: {options.out}")
+        return 0
     if recipe.finetune.method != "none":
         params = merged(task.model, params)
     converter(recipe.model).save(params, task.model.cfg, options.out)
@@ -165,9 +169,19 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
 
 
 def load_base(recipe, task):
-    """The parameters of `train.init_from`, on the host; None where there is none."""
+    """The parameters of `train.init_from`, on the host, and of `finetune.adapter_from`; None where there is none."""
     if not recipe.train.init_from:
+        if recipe.finetune.adapter_from:
+            raise UserError("finetune.adapter_from needs the weights that it was trained on: set train.init_from")
         return None
+    base = _read_base(recipe, task)
+    if recipe.finetune.adapter_from:
+        shapes = jax.eval_shape(task.init, jax.random.key(0))
+        base = join(base, peft.load(recipe.finetune.adapter_from, shapes, recipe.finetune))
+    return base
+
+
+def _read_base(recipe, task):
     source, cfg, path = converter(recipe.model), task.model.cfg, locate(recipe.train.init_from)
     if recipe.finetune.method == "none":
         return source.load_params(path, cfg)

@@ -29,6 +29,7 @@ class FinetuneConfig:
     targets: str = ALL_LINEAR  # lora: regex that must match a matrix' whole path, e.g. '.*(q_proj|v_proj)'
     prompt_length: int = 10  # adapter: learnt prompts a layer
     first_layer: int = 2  # adapter: layers before it have none
+    adapter_from: str = ""  # a folder of peft's to start from; empty: as new
     gate: str = "head"  # adapter: a gate for each head (LitGPT) | one a layer (layer; peft)
 
     def __post_init__(self):

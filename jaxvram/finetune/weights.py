@@ -39,7 +39,7 @@ def base_parameters(model: Adapted, tensors: Iterable) -> dict:
         if path in shapes:
             put(path, layer, x)
         else:
-            put(quantised, layer, nf4.quantize(np.asarray(x.T, np.float32), np))
+            put(quantised, layer, nf4.quantize(x.T, np))  # as they lie in the file, a few rows at a time
         if path[-1] == "kernel" and magnitude in shapes:
             put(magnitude, layer, np.sqrt(np.square(np.asarray(x, np.float32)).sum(0)))
     return traverse_util.unflatten_dict(read)

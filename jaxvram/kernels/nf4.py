@@ -26,7 +26,7 @@ from jaxvram.kernels import backend, nf4_pallas
 BLOCK, GROUP = 64, 256  # weights to an absmax, these to a scale
 VALUES = np.array(nf4_pallas.VALUES, np.float32)
 BOUNDS = (VALUES[:-1] + VALUES[1:]) / np.float32(2)  # a weight on a bound gets the lower code
-CHUNK = 1 << 20  # weights that NumPy quantises at a time
+CHUNK = 1 << 18  # weights that NumPy quantises at a time
 TINY = np.finfo(np.float32).tiny  # 1 / this is finite
 
 

@@ -84,27 +84,32 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
         corrections = [-jnp.expm1(count * (math.log(b) if b else -math.inf)) for b in (b1, b2)]
         leaves, tree = jax.tree.flatten(grads)
         direction = lambda mu, nu: (mu / corrections[0]) / (jnp.sqrt(nu / corrections[1]) + eps)
-        decays = jnp.float32(b1), jnp.float32(b2)
+        factors = tuple(map(jnp.float32, (b1, 1 - b1, b2, 1 - b2)))
         olds = zip(*(tree.flatten_up_to(part) for part in state[1:]), strict=True)
 
         def of_leaf(g, *old):
             large, g_xN = _is_large(g), (to_blocks(g) if _is_large(g) else g).astype(jnp.float32)
 
-            def moments(mu, mu_absmax, nu, nu_absmax, decays=decays):
-                d1, d2 = decays
+            def moments(mu, mu_absmax, nu, nu_absmax, factors=factors):
                 if large:
                     mu, nu = dequantise(mu, mu_absmax, True), dequantise(nu, nu_absmax, False)
-                return d1 * mu + (1 - d1) * g_xN, d2 * nu + (1 - d2) * g_xN * g_xN
+                keep_1, add_1, keep_2, add_2 = factors
+                return keep_1 * mu + add_1 * g_xN, keep_2 * nu + add_2 * g_xN * g_xN
 
             mu_xN, nu_xN = moments(*old)
             if not large:
                 return direction(mu_xN, nu_xN), mu_xN, old[1], nu_xN, old[3]
             absmax = tuple(jnp.abs(x_xN).max(-1) for x_xN in (mu_xN, nu_xN))
-            # Computed again from the codes, rather than kept in fp32 until the magnitudes are known. To the compiler the
-            # operands are others; of the same it would make one.
-            *again, absmax = jax.lax.optimization_barrier((old, decays, absmax))
-            mu_xN, nu_xN = moments(*again[0], again[1])
+
+            def anew(*after):
+                """Computed again, so that no fp32 is kept: to the compiler from other operands, or it would compute once."""
+                operands, scalars, _ = jax.lax.optimization_barrier((old, factors, after))
+                return moments(*operands, scalars)
+
+            mu_xN, nu_xN = anew(*absmax)
             mu, nu = quantise(mu_xN, absmax[0], old[0].shape, True), quantise(nu_xN, absmax[1], old[2].shape, False)
+            if old[0].size != g.size:  # one kernel writes arrays of one shape: the step is another's
+                mu_xN, nu_xN = anew(absmax[0])
             step = direction(mu_xN, nu_xN).reshape(-1)[: g.size].reshape(g.shape)
             return step, mu, absmax[0], nu, absmax[1]
 

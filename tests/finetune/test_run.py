@@ -17,6 +17,7 @@ from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.train.checkpoint import Checkpoints, look
 from jaxvram.train.loop import Loop
 from jaxvram.train.optimizer import ParamGroup
+from jaxvram.train.partition import join
 from jaxvram.train.program import make_program
 from jaxvram.train.sharding import make_mesh
 from jaxvram.vram import plan as planner
@@ -137,6 +138,24 @@ def test_exported_is_the_plain_model(recipe_of, tmp_path):
     tokens_BxT = jnp.asarray([[0, 1, 2, 1, 0, 2, 2]])
     want = loop.task.model.apply({"params": loop.final_params}, tokens_BxT)[0]
     np.testing.assert_allclose(Llama(LLAMA).apply({"params": plain}, tokens_BxT)[0], want, rtol=2e-5, atol=2e-5)
+
+
+def test_an_exported_adapter_comes_back(recipe_of, tmp_path, same):
+    """--mode=export --adapter, and finetune.adapter_from in another run."""
+    plain = dataclasses.replace(recipe_of(), finetune=FinetuneConfig())
+    llama.save(modes.make_task(plain).init(jax.random.key(7)), LLAMA, tmp_path / "base")
+    recipe = recipe_of(train={"init_from": str(tmp_path / "base"), "steps": 3}, eval={"every": 3})
+    task = modes.make_task(recipe)
+    loop = Loop(recipe, task, tmp_path / "run", io.StringIO())
+    loop.run(modes.load_base(recipe, task))
+    options = type("Options", (), {"out": str(tmp_path / "peft"), "checkpoint": "latest", "adapter": True})
+    modes.export(recipe, tmp_path / "run", options)
+    again = dataclasses.replace(recipe, finetune=dataclasses.replace(LORA, adapter_from=str(tmp_path / "peft")))
+    state = loop.program.init(modes.load_base(again, task))
+    assert same(join(state.params, state.frozen), loop.final_params)
+    alone = dataclasses.replace(again, train=dataclasses.replace(again.train, init_from=""))
+    with pytest.raises(UserError, match=r"set train\.init_from"):
+        modes.load_base(alone, task)
 
 
 def test_a_plan_loads_the_base_instead_of_making_it(recipe_of):

@@ -118,7 +118,7 @@ def as_theirs(state, reference):
 def compare(ours, theirs, signed):
     assert ours.dtype == theirs.dtype == (np.uint8 if ours.size >= 4096 else np.float32)
     if ours.dtype == np.float32:
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-8)
         return
     apart = np.abs(ours.astype(int) - theirs)[np.abs(dynamic_map(signed)[ours]) > 1e-4]
     assert apart.max() <= 1 and (apart > 0).mean() < 0.02
