@@ -49,7 +49,8 @@ class LanguageTask:
     @classmethod
     def of_recipe(cls, recipe, with_data: bool = True, say: Callable[[str], None] = lambda _: None) -> "LanguageTask":
         """The task of a recipe. Without data, for a plan: nothing is downloaded, and an unknown vocabulary is assumed."""
-        recipe = dataclasses.replace(recipe, data=_with_vocabulary(recipe))
+        if with_data:
+            recipe = dataclasses.replace(recipe, data=_with_vocabulary(recipe))
         cfg = recipe.model
         source = None
         if with_data:
