@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxvram.kernels import backend, nf4_pallas
+from jaxvram.kernels.dynamic_map import dynamic_map
 
 BLOCK, GROUP = 64, 256  # weights to an absmax, these to a scale
 VALUES = np.array(nf4_pallas.VALUES, np.float32)
@@ -52,24 +53,7 @@ def abstract(shape: tuple[int, ...]) -> NF4:
     )  # fmt: skip
 
 
-def _dynamic_map() -> np.ndarray:
-    """256 values in [-1, 1], ascending: 7 powers of ten, split the finer the larger (Dettmers 2016, arXiv:1511.04561)."""
-    found = [0.0, 1.0]
-    for i in range(7):
-        edges = _linspace(0.1, 1, 2**i + 1)
-        positive = np.float32(10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        found += [*positive, *-positive]
-    return np.sort(np.array(found, np.float32))
-
-
-def _linspace(start, end, count: int) -> np.ndarray:
-    """As PyTorch has it: from both ends to the middle, in fp32, each value rounded once (an FMA)."""
-    start, end, i = np.float32(start), np.float32(end), np.arange(count)
-    step = np.float64((end - start) / np.float32(count - 1))
-    return np.where(i < count // 2, start + step * i, end - step * (count - 1 - i)).astype(np.float32)
-
-
-MAP = _dynamic_map()
+MAP = dynamic_map(signed=True)
 # On a CPU bitsandbytes looks a value's code up by its place on a grid of 2^16, not by the value itself.
 GRID = np.float32(-1) + np.float32(2) * np.arange(1 << 16, dtype=np.float32) / np.float32((1 << 16) - 1)
 CODE_AT = np.searchsorted((MAP[:-1] + MAP[1:]) / np.float32(2), GRID).astype(np.uint8)
