@@ -42,6 +42,7 @@ def base_parameters(model: Adapted, tensors: Iterable) -> dict:
             put(quantised, layer, nf4.quantize(x.T, np))  # as they lie in the file, a few rows at a time
         if path[-1] == "kernel" and magnitude in shapes:
             put(magnitude, layer, np.sqrt(np.square(np.asarray(x, np.float32)).sum(0)))
+        del x  # before the next is read
     return traverse_util.unflatten_dict(read)
 
 

@@ -1,35 +1,37 @@
-"""Run by test_adam8bit.py in a process with two simulated devices: a few steps of adamw_8bit, printed."""
+"""Run by test_adam8bit.py in a process with two simulated devices: steps of 8-bit Adam on arrays that are cut, printed."""
 
 import json
+import sys
 
 import jax
+import numpy as np
 
-from jaxvram import recipe as recipes
-from jaxvram.modes import make_task
+from jaxvram.train.adam8bit import scale_by_adam_8bit
 from jaxvram.train.optimizer import path_name
-from jaxvram.train.program import make_program
-from jaxvram.train.sharding import make_mesh, to_devices
+from jaxvram.train.sharding import MeshConfig, make_mesh, shardings
+
+# Cut between blocks, through blocks, and not at all: its blocks are no parts of its rows.
+SHAPES = {"c_attn": (2, 64, 1024), "c_proj": (2, 64, 256), "c_fc": (2, 64, 1001)}
 
 
 def run(mesh):
-    """(losses, {path of an array of the optimizer's state: devices it is cut over})."""
-    config, name, variant = recipes.load("configs/mingpt_sort.py")
-    config.model.update(n_layer=2, n_head=2, n_embd=256, vocab_size=4, unroll_layers=False, dropout=0.0)
-    config.train.update(steps=6, batch_size=16)
-    config.optimizer.update(name="adamw_8bit", learning_rate=1e-3, schedule="constant", warmup_steps=0)
-    config.mesh.update(mesh)
-    recipe = recipes.build(config, name, variant)
-    task, mesh = make_task(recipe), make_mesh(recipe.mesh)
-    program = make_program(recipe, task, mesh)
-    state, losses = program.init(), []
-    for n in range(6):
-        state, metrics = program.step(state, to_devices(task.source.batch("train", n, 16), 16, mesh))
-        losses.append(float(metrics["loss"]))
-    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    return losses, {path_name(path): x.size // max(s.data.size for s in x.addressable_shards) for path, x in leaves}
+    """(the codes of all moments after each step, one under another; {path in the state: devices it is cut over})."""
+    arrays = lambda n: {"h": {name: {"kernel": normal(n, shape)} for name, shape in SHAPES.items()}}
+    normal = lambda n, shape: np.random.default_rng(n).normal(0, 0.1, shape).astype(np.float32)
+    mesh = make_mesh(MeshConfig(**mesh))
+    tx, grads = scale_by_adam_8bit(), arrays(0)
+    homes = shardings((grads, jax.eval_shape(tx.init, grads)), mesh)
+    state = jax.jit(tx.init, out_shardings=homes[1])(grads)
+    update, codes = jax.jit(tx.update, out_shardings=homes, donate_argnums=1), []
+    for n in range(4):
+        _, state = update(jax.device_put(arrays(n), homes[0]), state)
+        codes.append(np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves((state.mu, state.nu))]))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    parts = {path_name(path): x.size // max(s.data.size for s in x.addressable_shards) for path, x in leaves}
+    return np.stack(codes), parts
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
-    losses, parts = run({"fsdp": 2})
-    print(json.dumps({"losses": losses, "parts": parts}))
+    codes, parts = run({"fsdp": 2})
+    np.save(sys.argv[1], codes)
+    print(json.dumps(parts))

@@ -227,27 +227,26 @@ def test_a_run_in_two_parts_is_one_run(tiny_recipe, make_task, tmp_path, same, q
 
 
 @pytest.fixture(scope="module")
-def two():
+def two(tmp_path_factory):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"
     }  # fmt: skip
-    command = [sys.executable, str(pathlib.Path(__file__).with_name("adam8bit_on_devices.py"))]
+    codes = tmp_path_factory.mktemp("two") / "codes.npy"
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("adam8bit_on_devices.py")), str(codes)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return np.load(codes), json.loads(done.stdout.splitlines()[-1])
 
 
-def test_two_devices_learn_what_one_does_and_share_the_codes(two, quick_compile):
-    losses, _ = run({})
-    np.testing.assert_allclose(two["losses"], losses, rtol=2e-5)
-    assert losses[-1] < losses[0]
-    cut = {name for name, parts in two["parts"].items() if parts == 2}
-    matrix_of = lambda name: name.split("/h/")[-1].removesuffix("/kernel")
-    for moment in ("mu", "nu"):
-        found = {matrix_of(name) for name in cut if f"/{moment}/h/" in name}
-        assert found == {"attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"}
-        # Of the others one block is a row, and half of it on either device: magnitudes are on both.
-        assert {matrix_of(name) for name in cut if f"/{moment}_absmax/h/" in name} == {"attn/c_attn", "mlp/c_fc"}
+def test_two_devices_have_the_codes_of_one_and_share_them(two):
+    codes, parts = two
+    apart = np.abs(codes.astype(int) - run({})[0])  # what lies between two codes may fall to either, as sums are compiled
+    assert apart.shape == (4, 4 * 65536 + 2 * 128256) and apart.max() <= 1 and apart.mean() < 1e-4
+    cut = {name for name, count in parts.items() if count == 2}
+    assert cut == {
+        "mu/h/c_attn/kernel", "mu_absmax/h/c_attn/kernel", "nu/h/c_attn/kernel", "nu_absmax/h/c_attn/kernel",
+        "mu/h/c_proj/kernel", "nu/h/c_proj/kernel",  # a block is a row, half of it on either device: its magnitude on both
+    }  # fmt: skip
 
 
 @pytest.mark.slow
