@@ -17,7 +17,7 @@
 Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token at 40 % of the card's 58 TFLOP/s, a third more for
 what remat makes again. 780m has Adafactor instead of AdamW, 1.3b bf16 weights as well.
 Times on two cores were taken beside other jobs. Perplexities are the paper's, as our reading notes quote them; nobody
-has trained these recipes to the end.
+has trained the large ones to the end.
 """
 
 from jaxvram import recipe
