@@ -42,13 +42,16 @@ class Program:
 
     def init(self, params=None):
         """The state before step 0. `params`: as `parameters` has them; None: all from the seed."""
-        homes = self._homes(self.target)
         if params is None:
-            return jax.jit(self.functions.init, out_shardings=homes)()
+            return self.fresh()
         trained, frozen = self.parameters(params)
-        start = functools.partial(self.functions.start, frozen={})
-        start = jax.jit(start, out_shardings=homes.replace(frozen={}), donate_argnums=0)
-        return start(trained).replace(frozen=frozen)
+        start, homes = functools.partial(self.functions.start, frozen={}), self._homes(self.target.replace(frozen={}))
+        return jax.jit(start, out_shardings=homes, donate_argnums=0)(trained).replace(frozen=frozen)
+
+    @functools.cached_property
+    def fresh(self):
+        """Jitted: () -> the state before step 0, all from the seed."""
+        return jax.jit(self.functions.init, out_shardings=self._homes(self.target))
 
     def parameters(self, params):
         """(trained, frozen) on the devices.

@@ -128,8 +128,8 @@ def text(fit: Fit) -> str:
         lines += [
             "",
             f"nothing fits: {usable}, and the leanest choice, microbatch {leanest.microbatch} with remat {leanest.remat}, "
-            f"needs {size(leanest.peak_bytes)}. Try optimizer.name=adafactor, model.param_dtype=bfloat16, a shorter "
-            "model.block_size or a smaller model.",
+            f"needs {size(leanest.peak_bytes)}. Try optimizer.name=adamw_8bit or adafactor, "
+            "model.param_dtype=bfloat16, a shorter model.block_size or a smaller model.",
         ]
         return "\n".join(lines)
     ideal = fit.best.matmul_flops / (fit.card.tensor_tflops * 1e12)

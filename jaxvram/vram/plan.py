@@ -158,7 +158,8 @@ def _advice(plan: dict, usable: int, fit_command: str) -> list[str]:
     misfits = [name for name in phases(plan) if not plan[name]["fits"]]
     if "init" in misfits:
         lines.append(
-            "the state alone is too large: a smaller model, optimizer.name=adafactor, model.param_dtype=bfloat16"
+            "the state alone is too large: a smaller model, optimizer.name=adamw_8bit or adafactor, "
+            "model.param_dtype=bfloat16"
         )
     elif "train" in misfits:
         lines.append(f"to find the microbatch and remat that fit: {fit_command}")

@@ -238,7 +238,7 @@ def test_adafactor_with_momentum_minimises_a_parabola(mu_dtype):
     assert rms(w - target) < 0.01 * rms(start - target)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "adafactor_momentum"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion", "adafactor", "adafactor_momentum"])
 def test_without_decay_parameters_are_not_read(name):
     """0 * p would be: XLA merges that zero with the zeros in which gradients begin, and holds a whole copy to the end."""
     groups = {"decayed": ParamGroup(".*kernel", 0.1), "plain": ParamGroup(".*(embedding|bias|scale)")}

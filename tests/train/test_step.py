@@ -116,7 +116,7 @@ def test_one_compilation_and_the_state_is_donated(program, tiny_recipe, make_tas
         alive = [x for x in jax.tree.leaves(before) if not x.is_deleted()]
         assert not alive, alive
     assert program.step._cache_size() == 1
-    assert program.init._cache_size() == 1
+    assert program.fresh._cache_size() == 1
 
 
 def test_dropout_is_a_function_of_seed_and_step(program, tiny_recipe, make_task, same):
