@@ -100,7 +100,7 @@ def make(side: str, weights, model: str):
     return side_by_side.jaxvram_side(recipe, task, params), batch_of, params
 
 
-def sampling_times(model: str, new_tokens: int = 128, rounds: int = 7) -> dict[str, dict[int, float]]:
+def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[str, dict[int, float]]:
     """Milliseconds a token and sequence of the decoding loop after so many tokens; the state is filled with zeros."""
     import jax
     import jax.numpy as jnp
