@@ -3,7 +3,7 @@
   python benchmarks/cpu_mamba.py                  # needs torch and transformers; PyTorch's side is slow
   python benchmarks/cpu_mamba.py --model=mamba2
 
-4 layers of 128, a vocabulary of 256, 8 x 128 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
+4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
 transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, with torch's default
 AdamW and with its fused one. How sides are compared and what the columns mean: side_by_side.py. Sampling times are those of
 a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's of the same width with its cache.
@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import side_by_side  # noqa: E402
 
-B, T, V = 8, 128, 256  # longer ones flatter us: Mamba's slow path takes T^2 backward, 40 s a step at T = 256
+B, T, V = 8, 64, 256  # longer ones flatter us: Mamba's slow path takes T^2 backward, 40 s a step at T = 256
 TOLERANCE = 2e-5  # relative, of each loss
 CONTEXTS = (1024, 8192, 65536)
 
