@@ -22,6 +22,11 @@ class KVCache(flax.struct.PyTreeNode):
         shape = (batch, positions, heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
+    @classmethod
+    def of_layers(cls, layers: int, *shape, dtype) -> "KVCache":
+        """One that is `empty` for each layer, along a leading axis, as a Stack takes it."""
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), cls.empty(*shape, dtype))
+
     def append(self, k_BxTxHxK, v_BxTxHxK) -> "KVCache":
         """The cache with T more positions. The caller sees to it that length + T <= S."""
         put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, self.length, axis=1)

@@ -127,5 +127,6 @@ class GPT2(nn.Module):
     def initial_state(self, batch: int) -> KVCache:
         """An empty cache of block_size positions for every layer: 2 L T D sizeof(dtype) bytes a sequence."""
         cfg = self.cfg
-        one = KVCache.empty(batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.dtype)
-        return KVCache(*(jnp.broadcast_to(a, (cfg.n_layer, *a.shape)) for a in (one.k_BxSxHxK, one.v_BxSxHxK, one.length)))
+        return KVCache.of_layers(
+            cfg.n_layer, batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head, dtype=cfg.dtype
+        )

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from jaxvram.errors import UserError, nearest
 from jaxvram.kernels.attention import attention
@@ -233,5 +232,4 @@ class Llama(nn.Module):
     def initial_state(self, batch: int) -> KVCache:
         """An empty cache of block_size positions for every layer: 2 L T G K sizeof(dtype) bytes a sequence."""
         cfg = self.cfg
-        one = KVCache.empty(batch, cfg.block_size, cfg.n_kv_head, cfg.key_size, cfg.dtype)
-        return KVCache(*(jnp.broadcast_to(a, (cfg.n_layer, *a.shape)) for a in (one.k_BxSxHxK, one.v_BxSxHxK, one.length)))
+        return KVCache.of_layers(cfg.n_layer, batch, cfg.block_size, cfg.n_kv_head, cfg.key_size, dtype=cfg.dtype)
