@@ -3,7 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks and products with NF4 weights, the same: ours, and the XLA
+path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
@@ -23,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
+from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
+from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
+from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
 
 ATTENTION = [  # B, T, H, G, K, causal
     (4, 1024, 12, 12, 64, True),
@@ -31,6 +35,10 @@ ATTENTION = [  # B, T, H, G, K, causal
     (8, 256, 16, 16, 72, False),
 ]
 CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
+SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
+SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
+NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
+OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
 RMS_LIMIT = 1e-2
 
@@ -51,7 +59,7 @@ def attention_sides(B, T, H, G, K, causal):
         jax.random.normal(key, (B, T, heads, K), jnp.bfloat16) for key, heads in zip(keys, (H, G, G), strict=True)
     )
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    sides = {name: functools.partial(attention, causal=causal, implementation=name) for name in ("pallas", "xla")}
+    sides = {name: functools.partial(attention, causal=causal, implementation=name) for name in OURS_AND_XLA}
     return sides | {"cudnn": cudnn}, functools.partial(attention_reference, causal=causal), args, 3
 
 
@@ -62,7 +70,38 @@ def cross_entropy_sides(N, D, V):
     args = hidden, head, jax.random.randint(keys[2], (N,), 0, V)
     loss = lambda name: lambda h, w, y: linear_cross_entropy(h, w, y, implementation=name)[0]
     reference = lambda h, w, y: linear_cross_entropy_reference(h, w, y)[0]
-    return {name: loss(name) for name in ("pallas", "xla")}, reference, args, 2
+    return {name: loss(name) for name in OURS_AND_XLA}, reference, args, 2
+
+
+def selective_scan_sides(B, T, E, N):
+    """Inputs as a fresh Mamba has them: steps between 0.001 and 0.1 before they are told apart by the token."""
+    bf16, keys = jnp.bfloat16, jax.random.split(jax.random.key(0), 6)
+    x, z = (jax.random.normal(key, (B, T, E), bf16) for key in keys[:2])
+    dt = jax.random.uniform(keys[2], (B, T, E), minval=-7.0, maxval=-2.0).astype(bf16)
+    A = -jnp.broadcast_to(jnp.arange(1.0, N + 1), (E, N))
+    enters, reads = (jax.random.normal(key, (B, T, N), bf16) for key in keys[3:5])
+    y = lambda scan, **options: lambda *args: scan(*args, **options)[0]
+    sides = {name: y(selective_scan, implementation=name) for name in OURS_AND_XLA}
+    return sides, y(selective_scan_reference), (x, dt, A, enters, reads, jnp.ones(E), z), 7
+
+
+def scalar_decay_sides(B, T, G, H, P, N):
+    bf16, keys = jnp.bfloat16, jax.random.split(jax.random.key(0), 5)
+    q, k = (N**-0.25 * jax.random.normal(key, (B, T, G, N), bf16) for key in keys[:2])
+    v = jax.random.normal(keys[2], (B, T, H, P), bf16)
+    weight = jnp.exp(jax.random.uniform(keys[3], (B, T, H), minval=-7.0, maxval=-2.0))
+    log_decay = -weight * jax.random.uniform(keys[4], (H,), minval=1.0, maxval=16.0)
+    o = lambda scan, **options: lambda *args: scan(*args, **options)[0]
+    sides = {name: o(scalar_decay, implementation=name) for name in OURS_AND_XLA}
+    return sides, o(scalar_decay_reference), (q, k, v, log_decay, weight), 5
+
+
+def nf4_linear_sides(N, F, D):
+    keys = jax.random.split(jax.random.key(0), 2)
+    weight = quantize(0.02 * jax.random.normal(keys[0], (F, D)))
+    y = lambda name: lambda x: nf4_linear(x, weight, F, implementation=name)
+    x_NxD = jax.random.normal(keys[1], (N, D), jnp.bfloat16)
+    return {name: y(name) for name in OURS_AND_XLA}, lambda x: nf4_linear_reference(x, weight, F), (x_NxD,), 1
 
 
 def measure(sides, reference, args, count: int) -> dict:
@@ -115,6 +154,20 @@ def ratios(result: dict) -> str:
     return "; ".join(words)
 
 
+def cases() -> list[tuple]:
+    """(name, what makes its sides) of each."""
+    kinds = {
+        "attention": (attention_sides, ATTENTION),
+        "linear_cross_entropy": (cross_entropy_sides, CROSS_ENTROPY),
+        "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
+        "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
+        "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
+    }
+    return [
+        (f"{kind} {shape}", functools.partial(sides, *shape)) for kind, (sides, shapes) in kinds.items() for shape in shapes
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
@@ -124,9 +177,7 @@ def main() -> int:
         print("this machine has no GPU to measure on; --mode=kernels of launch.py says what a compiler can", file=sys.stderr)
         return 2
     started, results = time.monotonic(), {}
-    cases = [(f"attention {case}", functools.partial(attention_sides, *case)) for case in ATTENTION]
-    cases += [(f"linear_cross_entropy {case}", functools.partial(cross_entropy_sides, *case)) for case in CROSS_ENTROPY]
-    for name, make in cases:
+    for name, make in cases():
         if time.monotonic() - started > LIMIT_SECONDS:
             print(f"{name}: left out, {LIMIT_SECONDS} s are over", flush=True)
             continue
