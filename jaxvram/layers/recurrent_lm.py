@@ -52,8 +52,8 @@ class RecurrentLM(nn.Module):
     def head_VxD(self):
         return self.embedding.embedding if self.cfg.tie_head else self.lm_head.rows_VxD()
 
-    def initial_state(self, batch: int):
-        """What every layer remembers before the first token."""
+    def initial_state(self, batch: int, tokens: int | None = None):
+        """What every layer remembers before the first token: as much, however many `tokens` there will be."""
         one_layer = self.empty_state(batch)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.cfg.n_layer, *a.shape)), one_layer)
 

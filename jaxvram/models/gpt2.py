@@ -124,9 +124,7 @@ class GPT2(nn.Module):
     def head_VxD(self):
         return self.wte.embedding if self.cfg.tie_head else self.lm_head.rows_VxD()
 
-    def initial_state(self, batch: int) -> KVCache:
-        """An empty cache of block_size positions for every layer: 2 L T D sizeof(dtype) bytes a sequence."""
-        cfg = self.cfg
-        return KVCache.of_layers(
-            cfg.n_layer, batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head, dtype=cfg.dtype
-        )
+    def initial_state(self, batch: int, tokens: int | None = None) -> KVCache:
+        """An empty cache for so many tokens (T; None: block_size), all layers: 2 L T D sizeof(dtype) bytes a sequence."""
+        cfg, tokens = self.cfg, tokens or self.cfg.block_size
+        return KVCache.of_layers(cfg.n_layer, batch, tokens, cfg.n_head, cfg.n_embd // cfg.n_head, dtype=cfg.dtype)

@@ -58,7 +58,9 @@ def generate(
         logits_BxV = jnp.einsum("bd,vd->bv", hidden_BxD, head_VxD, preferred_element_type=jnp.float32)
         return choose(key, logits_BxV[:, :vocab_size], temperature, top_k, top_p)
 
-    hidden_BxPxD, state = model.apply(variables, prompt_BxP, model.apply(variables, B, method="initial_state"))
+    n_cached = min(new_tokens, T - P + 1)  # the last of them is not read again
+    empty = model.apply(variables, B, P + n_cached - 1, method="initial_state")
+    hidden_BxPxD, state = model.apply(variables, prompt_BxP, empty)
     first_B = draw(keys_N[0], hidden_BxPxD[:, -1])
 
     def cached_step(carry, key):
@@ -67,7 +69,6 @@ def generate(
         token_B = draw(key, hidden_Bx1xD[:, 0])
         return (token_B, state), token_B
 
-    n_cached = min(new_tokens, T - P + 1)
     _, cached_NxB = jax.lax.scan(cached_step, (first_B, state), keys_N[1:n_cached])
     tokens_BxN = jnp.concatenate([first_B[:, None], cached_NxB.T], axis=1)
     if n_cached == new_tokens:

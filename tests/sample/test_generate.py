@@ -102,6 +102,14 @@ def test_vocabulary_is_never_left(vocab_size, options):
     assert 0 <= int(tokens.min()) and int(tokens.max()) < vocab_size
 
 
+def test_the_cache_has_room_for_the_text_alone():
+    """Three tokens and four drawn ones, of which the last is not read: six positions, not the context's eight."""
+    run = functools.partial(generate, MODEL, new_tokens=4, vocab_size=V)
+    program = str(jax.make_jaxpr(run)(params(), prompt(3), jax.random.key(0)))
+    cache = f"f32[{CFG.n_layer},{B},{{}},{CFG.n_head},{CFG.n_embd // CFG.n_head}]"
+    assert cache.format(6) in program and cache.format(T) not in program
+
+
 def test_the_seed_decides():
     run = compiled(new_tokens=20, vocab_size=V)
     texts = [np.asarray(run(params(), prompt(1), jax.random.key(seed))) for seed in (1, 1, 2)]
