@@ -21,6 +21,13 @@ def budgets(path):
     return {name: float(gib) for name, gib in re.findall(r"^  ([\w.]+) .*? ([\d.]+) GiB", header, re.M)}
 
 
+def told(path):
+    """{variant: GiB} from the recipe's row in the README's table, of the variants that have a figure there."""
+    readme = (path.parents[1] / "README.md").read_text()
+    row = re.search(rf"^\| `{path.name}` \|.*$", readme, re.M)[0]
+    return {name: float(gib) for name, gib in re.findall(r"`([\w.]+)` (?:\([^)]*\) )?(\d+\.\d+)", row)}
+
+
 def names(path):
     """The variants of a recipe."""
     return re.search(r"^VARIANTS = \((.*?)\)", path.read_text(), re.M)[1].replace('"', "").replace(",", " ").split()
@@ -40,6 +47,7 @@ def test_the_train_step_plans_within_the_headers_budget(path, variant):
     assert peak <= budget, f"plans at {peak:.2f} GiB; the header says {budget}"
     assert peak >= 0.7 * budget - 0.1, f"plans at {peak:.2f} GiB; the header's {budget} tells nobody much"
     assert compiled.peak_bytes <= card.usable_bytes
+    assert told(path).get(variant, peak) == pytest.approx(peak, abs=0.02, rel=0.01), f"plans at {peak:.2f} GiB"
 
 
 # GPT-2 124M, fp32 AdamW: what the kernels are for. (batch, T, remat, unrolled, GiB at the most)
