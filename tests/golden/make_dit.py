@@ -7,9 +7,9 @@ sines. Its blocks have embedders of their own with equal weights; here they shar
 Weights come from NumPy's RandomState, whose stream is frozen, so the file holds results alone.
 """
 
-import os
 import pathlib
 
+import golden_file
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("dit_tiny.npz")
@@ -84,7 +84,7 @@ def correct(model):
 
 def oracle(variant: str) -> dict[str, np.ndarray]:
     """ "out" and "grad/x", both (B, H, W, C), and "grad/NAME" of sum(out g) for every parameter, as in PyTorch."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    golden_file.quiet_torch()
     import diffusers
     import torch
 
@@ -98,10 +98,8 @@ def oracle(variant: str) -> dict[str, np.ndarray]:
     out_BxHxWxC = model(x_BxCxHxW, b["t"], b["labels"].long()).sample.movedim(1, -1)
     (out_BxHxWxC * b["g"]).sum().backward()
     results = {"out": out_BxHxWxC.detach().numpy(), "grad/x": x_BxCxHxW.grad.movedim(1, -1).numpy()}
-    return results | {f"grad/{name}": p.grad.numpy() for name, p in model.named_parameters()}
+    return results | golden_file.gradients(model)
 
 
 if __name__ == "__main__":
-    everything = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **everything)
-    print(f"{FILE}: {len(everything)} arrays, {FILE.stat().st_size:,} bytes")
+    golden_file.write_variants(FILE, VARIANTS, oracle)
