@@ -47,5 +47,14 @@ def edit_weights(folder, edit, file=WEIGHTS):
     safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / file)
 
 
+def store_as(folder, dtype, file=WEIGHTS):
+    edit_weights(folder, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()}, file)
+
+
+def rounded(params, dtype):
+    """What becomes of parameters that were stored in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+
+
 def truncate(folder, file=WEIGHTS):
     (folder / file).write_bytes((folder / file).read_bytes()[:-7])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import quick
 import safetensors.numpy
-from checkpoints import assert_equal, edit_config, truncate
+from checkpoints import assert_equal, edit_config, rounded, store_as, truncate
 
 from jaxvram.convert import dit as convert
 from jaxvram.errors import UserError
@@ -122,9 +122,8 @@ def test_sharded_weights(folder):
 @pytest.mark.parametrize("theirs", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_param_dtype(theirs, folder):
     path, params = folder
-    names = safetensors.numpy.load_file(path / WEIGHTS)
-    edit_weights(path, **dict.fromkeys(names, lambda x: x.astype(theirs)))
-    assert_equal(convert.load_params(path, CFG), jax.tree.map(lambda x: x.astype(theirs).astype(x.dtype), params))
+    store_as(path, theirs, WEIGHTS)
+    assert_equal(convert.load_params(path, CFG), rounded(params, theirs))
 
 
 @pytest.mark.parametrize(

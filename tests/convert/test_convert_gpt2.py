@@ -6,7 +6,6 @@ import json
 import os
 import stat
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ from checkpoints import (
     edit_weights,
     logits_of,
     random_params,
+    rounded,
+    store_as,
     truncate,
 )
 from parity import needs_transformers
@@ -78,8 +79,8 @@ def test_shards(folder):
 @pytest.mark.parametrize("theirs", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_param_dtype(theirs, folder):
     path, params = folder
-    edit_weights(path, lambda t: {k: v.astype(theirs) for k, v in t.items()})
-    assert_equal(convert.load_params(path, CFG), jax.tree.map(lambda x: x.astype(theirs).astype(x.dtype), params))
+    store_as(path, theirs)
+    assert_equal(convert.load_params(path, CFG), rounded(params, theirs))
 
 
 def test_context_is_cropped(folder):

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import quick
 import safetensors.numpy
-from checkpoints import assert_equal, edit_config, edit_weights, logits_of, truncate
+from checkpoints import assert_equal, edit_config, edit_weights, logits_of, rounded, store_as, truncate
 from parity import installed, needs_transformers
 from tiny_llama import CFG, LLAMA3, random_params
 
@@ -88,8 +87,8 @@ def test_large_exports_are_sharded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("theirs", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_param_dtype(theirs, folder):
     path, params = folder
-    edit_weights(path, lambda t: {k: v.astype(theirs) for k, v in t.items()})
-    assert_equal(convert.load_params(path, CFG), jax.tree.map(lambda x: x.astype(theirs).astype(x.dtype), params))
+    store_as(path, theirs)
+    assert_equal(convert.load_params(path, CFG), rounded(params, theirs))
 
 
 def test_names_without_prefix_old_buffers_and_a_tied_copy(tmp_path):

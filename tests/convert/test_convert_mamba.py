@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import assert_equal, edit_config, edit_weights, random_params
+from checkpoints import assert_equal, edit_config, edit_weights, random_params, rounded, store_as
 from parity import needs_transformers
 
 from jaxvram import convert
@@ -62,9 +62,8 @@ def test_names_without_prefix(name, tmp_path):
 @both
 def test_half_precision_becomes_param_dtype_but_decays_stay_fp32(name, tmp_path):
     params = exported(MODELS[name], tmp_path / "model")
-    edit_weights(tmp_path / "model", lambda t: {k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()})
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype), params)
-    assert_equal(load(tmp_path / "model", MODELS[name]), rounded)
+    store_as(tmp_path / "model", ml_dtypes.bfloat16)
+    assert_equal(load(tmp_path / "model", MODELS[name]), rounded(params, ml_dtypes.bfloat16))
     in_bf16 = load(tmp_path / "model", dataclasses.replace(MODELS[name], param_dtype="bfloat16"))
     for path, x in jax.tree.leaves_with_path(in_bf16):
         assert x.dtype == (np.float32 if path[-1].key in FP32 else ml_dtypes.bfloat16), path

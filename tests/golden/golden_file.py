@@ -13,6 +13,12 @@ def batch(V: int, B: int, T: int) -> dict[str, np.ndarray]:
     return {"tokens": tokens_BxT, "targets": np.where(random.rand(B, T) < 0.2, -1, targets_BxT).astype(np.int32)}
 
 
+def drawing(seed: int):
+    """draw(std, *shape): normal numbers in fp32, one array after the other from NumPy's frozen stream."""
+    random = np.random.RandomState(seed)
+    return lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+
+
 def quiet_torch():
     """Before PyTorch is imported: no model is looked for in the network, and none is compiled."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

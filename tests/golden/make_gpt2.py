@@ -30,8 +30,7 @@ def config(variant: str) -> dict:
 
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in Hugging Face's layout; far larger than a fresh model's, so that every path matters."""
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     named = {"wte.weight": draw(0.7, V, D), "wpe.weight": draw(0.7, T, D)}
     for i in range(L):
         for name, fan_in, fan_out in (

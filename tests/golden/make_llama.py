@@ -29,19 +29,14 @@ VARIANTS = {  # name -> what config.json says
     "tied": COMMON | {"head_dim": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama3": COMMON | {"head_dim": 8, "num_key_value_heads": 2, "rope_theta": 50.0, "rope_scaling": LLAMA3},
 }
+config = VARIANTS.__getitem__
 batch = functools.partial(golden_file.batch, V, B, T)
-
-
-def config(variant: str) -> dict:
-    """What config.json of the variant says."""
-    return VARIANTS[variant]
 
 
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in Hugging Face's layout; far larger than a fresh model's, so that every path matters."""
     c = VARIANTS[variant]
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     H, G, K = c["num_attention_heads"], c["num_key_value_heads"], c.get("head_dim", D // c["num_attention_heads"])
     named = {"model.embed_tokens.weight": draw(0.7, V, D), "model.norm.weight": 1 + draw(0.2, D)}
     for i in range(L):

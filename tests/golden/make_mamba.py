@@ -26,19 +26,14 @@ VARIANTS = {  # name -> what config.json says
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+config = VARIANTS.__getitem__
 batch = functools.partial(golden_file.batch, V, B, T)
-
-
-def config(variant: str) -> dict:
-    """What config.json of the variant says."""
-    return VARIANTS[variant]
 
 
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in Hugging Face's layout; far larger than a fresh model's, so that every path matters."""
     c = VARIANTS[variant]
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     E, N = 2 * D, c["state_size"]
     named = {"backbone.embeddings.weight": draw(0.7, V, D), "backbone.norm_f.weight": 1 + draw(0.2, D)}
     matrices = {"in_proj": (2 * E, D), "out_proj": (D, E)}
