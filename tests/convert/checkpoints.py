@@ -10,7 +10,7 @@ import numpy as np
 import quick
 import safetensors.numpy
 
-from jaxvram import models
+from jaxvram import convert, models
 
 assert_equal = functools.partial(chex.assert_trees_all_equal, strict=True)  # shapes and dtypes too
 WEIGHTS = "model.safetensors"
@@ -34,6 +34,21 @@ def logits_of(cfg, params, tokens_BxT):
         return (hidden_BxTxD @ models.build(cfg).apply({"params": params}, method="head_VxD").T)[..., : cfg.vocab_size]
 
     return quick.jit(logits)(params)
+
+
+def assert_transformers_agree(cls, cfg, params, folder):
+    """`cls` finds every weight of our export, gives our logits, and what it saves again comes back to us unchanged."""
+    import torch
+
+    ours = convert.converter(cfg)
+    ours.save(params, cfg, folder / "ours")
+    theirs, found = cls.from_pretrained(folder / "ours", output_loading_info=True)
+    assert not any(found.values()), found
+    tokens_BxT = np.random.RandomState(2).randint(0, cfg.vocab_size, (2, 12))
+    want = theirs.eval()(torch.tensor(tokens_BxT)).logits.detach().numpy()
+    assert quick.relative_error(logits_of(cfg, params, tokens_BxT), want) <= 1e-5
+    theirs.save_pretrained(folder / "theirs")
+    assert_equal(ours.load_params(folder / "theirs", cfg), params)
 
 
 def edit_config(folder, remove=(), **changes):

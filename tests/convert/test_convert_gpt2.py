@@ -13,9 +13,9 @@ import quick
 import safetensors.numpy
 from checkpoints import (
     assert_equal,
+    assert_transformers_agree,
     edit_config,
     edit_weights,
-    logits_of,
     random_params,
     rounded,
     store_as,
@@ -226,17 +226,8 @@ def test_tensors_are_read_one_at_a_time(folder, monkeypatch):
 def test_transformers_loads_an_export(fields, tmp_path, monkeypatch, capsys):
     """from_pretrained finds every weight, gives our logits, and what it saves again comes back to us unchanged."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import torch
     import transformers
 
     cfg = dataclasses.replace(CFG, **fields, remat="none")
-    params = random_params(cfg)
-    convert.save(params, cfg, tmp_path / "ours")
+    assert_transformers_agree(transformers.GPT2LMHeadModel, cfg, random_params(cfg), tmp_path)
     assert ("biases of zero" in capsys.readouterr().out) == (not cfg.bias)
-    theirs, found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(found.values())
-    tokens_BxT = np.random.RandomState(2).randint(0, 37, (2, 12))
-    want = theirs.eval()(torch.tensor(tokens_BxT)).logits.detach().numpy()
-    assert quick.relative_error(logits_of(cfg, params, tokens_BxT), want) <= 1e-5
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_equal(convert.load_params(tmp_path / "theirs", cfg), params)

@@ -6,9 +6,16 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import quick
 import safetensors.numpy
-from checkpoints import assert_equal, edit_config, edit_weights, logits_of, rounded, store_as, truncate
+from checkpoints import (
+    assert_equal,
+    assert_transformers_agree,
+    edit_config,
+    edit_weights,
+    rounded,
+    store_as,
+    truncate,
+)
 from parity import installed, needs_transformers
 from tiny_llama import CFG, LLAMA3, random_params
 
@@ -44,19 +51,10 @@ def test_round_trip_is_exact(fields, tmp_path):
 def test_transformers_loads_an_export(fields, tmp_path, monkeypatch):
     """from_pretrained finds every weight, gives our logits, and what it saves again comes back to us unchanged."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import torch
     import transformers
 
     cfg = dataclasses.replace(CFG, **fields)
-    params = random_params(cfg)
-    convert.save(params, cfg, tmp_path / "ours")
-    theirs, found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(found.values())
-    tokens_BxT = np.random.RandomState(2).randint(0, 37, (2, 12))
-    want = theirs.eval()(torch.tensor(tokens_BxT)).logits.detach().numpy()
-    assert quick.relative_error(logits_of(cfg, params, tokens_BxT), want) <= 1e-5
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_equal(convert.load_params(tmp_path / "theirs", cfg), params)
+    assert_transformers_agree(transformers.LlamaForCausalLM, cfg, random_params(cfg), tmp_path)
 
 
 def test_large_exports_are_sharded(tmp_path, monkeypatch):
