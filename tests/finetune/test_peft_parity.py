@@ -1,32 +1,35 @@
 """LoRA, DoRA and prompts equal peft's: logits, loss and gradients, by golden file always, live where it is there."""
 
 import functools
-import importlib.util
 import json
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import make_adapters
 import make_llama
 import numpy as np
+import parity
 import pytest
 import quick
 import safetensors.numpy
 from flax import traverse_util
+from golden_file import part
+from parity import TOLERANCE
 from quick import relative_error as error
 
-from jaxvram.convert import llama as convert
 from jaxvram.convert import peft as peft_folder
 from jaxvram.errors import UserError
 from jaxvram.finetune.adapted import Adapted
 from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
-from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.train.partition import divide, join
 
-TOLERANCE = 1e-5  # of the largest element of the reference's tensor
-INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+needs_peft = pytest.mark.skipif(
+    not parity.installed("torch", "transformers", "peft"), reason="needs torch, transformers and peft"
+)
 C = make_llama.VARIANTS[make_adapters.BASE]
 CFG = LlamaConfig(
     vocab_size=make_llama.V, block_size=make_llama.T, n_layer=make_llama.L, n_embd=make_llama.D, n_inner=make_llama.F,
@@ -40,22 +43,15 @@ OURS = {
     "prompt": FinetuneConfig("adapter", prompt_length=3, first_layer=1, gate="layer"),
 }
 LORAS = [name for name in OURS if name != "prompt"]
+golden = functools.partial(parity.golden, make_adapters)
 
 
 @functools.cache
 def base():
-    return jax.tree.map(jnp.asarray, _llama(make_llama.weights(make_adapters.BASE)))
-
-
-def _llama(named):
-    """Tensors by Hugging Face's names as our tree."""
-    import pathlib
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "config.json").write_text(json.dumps(C))
-        safetensors.numpy.save_file(named, pathlib.Path(folder) / "model.safetensors")
-        return convert.load_params(folder, CFG)
+        weights = make_llama.weights(make_adapters.BASE)
+        params = parity.in_our_layout(pathlib.Path(folder), make_llama, make_adapters.BASE, CFG, weights)
+    return jax.tree.map(jnp.asarray, params)
 
 
 def write_adapter(folder, variant, named):
@@ -66,20 +62,6 @@ def write_adapter(folder, variant, named):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **arguments}))
     safetensors.numpy.save_file(named, folder / "adapter_model.safetensors")
     return folder
-
-
-@functools.cache
-def golden():
-    with np.load(make_adapters.FILE) as file:
-        return {name: file[name] for name in file.files}
-
-
-def golden_of(variant):
-    return {name.partition("/")[2]: x for name, x in golden().items() if name.startswith(variant + "/")}
-
-
-def part(reference, kind):
-    return {name.removeprefix(kind + "/"): x for name, x in reference.items() if name.startswith(kind + "/")}
 
 
 @functools.cache
@@ -101,67 +83,46 @@ def whole(variant, added):
     return params
 
 
-@functools.partial(quick.jit, static_argnums=0)
-def ours(model, trained, frozen, tokens_BxT, targets_BxT):
-    def loss_fn(trained):
-        params = {"params": join(trained, frozen)}
-        hidden_BxTxD, _ = model.apply(params, tokens_BxT)
-        head_VxD = model.apply(params, method="head_VxD")
-        loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, targets_BxT, model.cfg.vocab_size)
-        return loss_BxT.sum() / (targets_BxT >= 0).sum(), jnp.einsum("btd,vd->btv", hidden_BxTxD, head_VxD)
-
-    (loss, logits_BxTxV), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-    return logits_BxTxV, loss, grads
-
-
-def run(variant, params, model=None):
-    trained, frozen = divide(params, OURS[variant].trains)
-    model = model or Adapted(Llama(CFG), OURS[variant])
-    return ours(model, trained, frozen, **{f"{k}_BxT": v for k, v in make_llama.batch().items()})
-
-
 def errors(tmp_path, variant, reference):
     """Name -> error of logits, loss and the gradients of all that is trained."""
-    logits, loss, grads = run(variant, whole(variant, adapter(tmp_path / "weights", variant, part(reference, "weight"))))
-    theirs = traverse_util.flatten_dict(adapter(tmp_path / "grads", variant, part(reference, "grad")))
-    grads = traverse_util.flatten_dict(grads)
-    assert set(theirs) == set(grads)
-    found = {"logits": error(logits, reference["logits"]), "loss": error(loss, reference["loss"])}
-    return found | {"/".join(path): error(grad, theirs[path]) for path, grad in grads.items()}
+    params = whole(variant, adapter(tmp_path / "weights", variant, part(reference, "weight")))
+    trained, frozen = divide(params, OURS[variant].trains)
+    model = Adapted(Llama(CFG), OURS[variant])
+    found = parity.language_model(model, trained, frozen=frozen, **parity.of_batch(make_llama))
+    return parity.errors(found, reference, adapter(tmp_path / "grads", variant, part(reference, "grad")))
 
 
 @pytest.mark.parametrize("variant", OURS)
 def test_the_golden_file(tmp_path, variant):
-    found = errors(tmp_path, variant, golden_of(variant))
-    assert max(found.values()) < TOLERANCE, found
+    parity.assert_small(errors(tmp_path, variant, golden(variant)))
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs torch, transformers and peft")
+@needs_peft
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of peft's use of it
 @pytest.mark.parametrize("variant", OURS)
 def test_peft_itself_and_its_folder(tmp_path, variant):
     """The live results are those of the golden file, and the folder that peft saved is read as its tensors are."""
     reference = make_adapters.oracle(variant, tmp_path / "saved")
-    found = errors(tmp_path, variant, reference)
-    assert max(found.values()) < TOLERANCE, found
+    parity.assert_small(errors(tmp_path, variant, reference))
+    parity.assert_golden_is_live(make_adapters, variant, reference)
     read = peft_folder.load(tmp_path / "saved", shapes(variant), OURS[variant])
     jax.tree.map(np.testing.assert_array_equal, read, adapter(tmp_path / "again", variant, part(reference, "weight")))
 
 
 def test_the_comparison_can_fail(tmp_path):
-    reference = golden_of("dora")
+    reference = golden("dora")
     wrong = reference | {"logits": reference["logits"] * (1 + 1e-4)}
     assert errors(tmp_path, "dora", wrong)["logits"] > TOLERANCE
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs torch, transformers and peft")
+@needs_peft
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("variant", OURS)
 def test_peft_loads_what_we_save(tmp_path, variant):
     import peft
     import torch
 
-    reference = golden_of(variant)
+    reference = golden(variant)
     params = whole(variant, adapter(tmp_path / "weights", variant, part(reference, "weight")))
     peft_folder.save(params, OURS[variant], tmp_path / "ours")
     model = peft.PeftModel.from_pretrained(make_llama.model(make_adapters.BASE), tmp_path / "ours")
@@ -172,7 +133,7 @@ def test_peft_loads_what_we_save(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", LORAS)
 def test_merged_equals_unmerged(tmp_path, variant):
-    reference = golden_of(variant)
+    reference = golden(variant)
     model = Adapted(Llama(CFG), OURS[variant])
     params = whole(variant, adapter(tmp_path / "weights", variant, part(reference, "weight")))
     plain = merged(model, params)
@@ -192,9 +153,7 @@ def test_it_begins_as_the_base(variant):
     fresh = model.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
     trained, frozen = divide(fresh, OURS[variant].trains)
     given = base_parameters(model, one_by_one(base()))
-    params = join(join(fresh, {}), given)
-    flat = traverse_util.flatten_dict(fresh) | traverse_util.flatten_dict(given)
-    params = traverse_util.unflatten_dict(flat)
+    params = join(fresh, given)
     tokens_BxT = make_llama.batch()["tokens"]
     got = quick.jit(lambda params: model.apply({"params": params}, tokens_BxT)[0])(params)
     want = quick.jit(lambda params: Llama(CFG).apply({"params": params}, tokens_BxT)[0])(base())
@@ -212,7 +171,7 @@ def test_it_begins_as_the_base(variant):
     ],
 )
 def test_another_adapter(tmp_path, change, message):
-    folder = write_adapter(tmp_path / "saved", "lora", part(golden_of("lora"), "weight"))
+    folder = write_adapter(tmp_path / "saved", "lora", part(golden("lora"), "weight"))
     said = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(said | change))
     with pytest.raises(UserError, match=message):
@@ -220,7 +179,7 @@ def test_another_adapter(tmp_path, change, message):
 
 
 def test_missing_and_unknown_tensors_are_listed(tmp_path):
-    named = part(golden_of("lora"), "weight")
+    named = part(golden("lora"), "weight")
     name = next(name for name in named if "layers.1" in name)
     folder = write_adapter(tmp_path / "saved", "lora", {k: v for k, v in named.items() if k != name} | {"odd": named[name]})
     with pytest.raises(UserError, match=f"lacks {name}; it has odd, which this model has not"):

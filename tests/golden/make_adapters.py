@@ -5,9 +5,9 @@
 The base is that of make_llama.py; weights come from NumPy's RandomState, so the file holds results alone.
 """
 
-import os
 import pathlib
 
+import golden_file
 import make_llama
 import numpy as np
 
@@ -23,7 +23,7 @@ VARIANTS = {  # name -> peft's class and its arguments
 
 def adapted(variant: str, folder=None):
     """peft's model with random weights in what it adds; its adapter saved in `folder`."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    golden_file.quiet_torch()
     import peft
     import torch
 
@@ -41,14 +41,8 @@ def adapted(variant: str, folder=None):
 
 def oracle(variant: str, folder=None) -> dict[str, np.ndarray]:
     """ "logits", "loss", "weight/NAME" and "grad/NAME" of every trained parameter, by peft's names in a saved adapter."""
-    import torch
-
     model = adapted(variant, folder)
-    tokens, targets = (torch.tensor(x).long() for x in make_llama.batch().values())
-    logits = model(input_ids=tokens, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-    loss.backward()
-    found = {"logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
+    found = golden_file.logits_and_loss(model, make_llama.batch())
     for name, p in model.named_parameters():
         if p.requires_grad:
             saved = name.replace(".default.weight", ".weight" if "magnitude" not in name else "").replace(".default", "")
@@ -57,6 +51,4 @@ def oracle(variant: str, folder=None) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    results = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **results)
-    print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
+    golden_file.write_variants(FILE, VARIANTS, oracle)

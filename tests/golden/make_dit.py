@@ -7,9 +7,9 @@ sines. Its blocks have embedders of their own with equal weights; here they shar
 Weights come from NumPy's RandomState, whose stream is frozen, so the file holds results alone.
 """
 
-import os
 import pathlib
 
+import golden_file
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("dit_tiny.npz")
@@ -35,8 +35,7 @@ def config(variant: str) -> dict:
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in diffusers' layout; nothing is zero, as in a fresh model much is: every path matters."""
     c = VARIANTS[variant]
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     D, L, C, p = c["num_attention_heads"] * c["attention_head_dim"], c["num_layers"], c["in_channels"], c["patch_size"]
 
     def linear(name, fan_in, fan_out):
@@ -84,7 +83,7 @@ def correct(model):
 
 def oracle(variant: str) -> dict[str, np.ndarray]:
     """ "out" and "grad/x", both (B, H, W, C), and "grad/NAME" of sum(out g) for every parameter, as in PyTorch."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    golden_file.quiet_torch()
     import diffusers
     import torch
 
@@ -98,10 +97,8 @@ def oracle(variant: str) -> dict[str, np.ndarray]:
     out_BxHxWxC = model(x_BxCxHxW, b["t"], b["labels"].long()).sample.movedim(1, -1)
     (out_BxHxWxC * b["g"]).sum().backward()
     results = {"out": out_BxHxWxC.detach().numpy(), "grad/x": x_BxCxHxW.grad.movedim(1, -1).numpy()}
-    return results | {f"grad/{name}": p.grad.numpy() for name, p in model.named_parameters()}
+    return results | golden_file.gradients(model)
 
 
 if __name__ == "__main__":
-    everything = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **everything)
-    print(f"{FILE}: {len(everything)} arrays, {FILE.stat().st_size:,} bytes")
+    golden_file.write_variants(FILE, VARIANTS, oracle)

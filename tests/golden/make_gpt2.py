@@ -5,9 +5,10 @@
 Weights come from NumPy's RandomState, whose stream is frozen, so the file holds results alone.
 """
 
-import os
+import functools
 import pathlib
 
+import golden_file
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("gpt2_tiny.npz")
@@ -18,6 +19,7 @@ VARIANTS = {  # name -> what config.json says, and whether there are biases
     "nanogpt_no_bias": ({"activation_function": "gelu", "tie_word_embeddings": True}, False),
     "mingpt": ({"activation_function": "gelu_new", "tie_word_embeddings": False}, True),
 }
+batch = functools.partial(golden_file.batch, V, B, T)
 
 
 def config(variant: str) -> dict:
@@ -28,8 +30,7 @@ def config(variant: str) -> dict:
 
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in Hugging Face's layout; far larger than a fresh model's, so that every path matters."""
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     named = {"wte.weight": draw(0.7, V, D), "wpe.weight": draw(0.7, T, D)}
     for i in range(L):
         for name, fan_in, fan_out in (
@@ -48,34 +49,17 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     return named
 
 
-def batch() -> dict[str, np.ndarray]:
-    """Tokens and targets; a few targets are -1, which is not learnt."""
-    random = np.random.RandomState(99)
-    tokens_BxT, targets_BxT = random.randint(0, V, (2, B, T)).astype(np.int32)
-    return {"tokens": tokens_BxT, "targets": np.where(random.rand(B, T) < 0.2, -1, targets_BxT).astype(np.int32)}
-
-
 def oracle(variant: str) -> dict[str, np.ndarray]:
     """ "logits", "loss" (mean over the targets) and "grad/NAME" for every parameter, as PyTorch has them."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
+    golden_file.quiet_torch()
     import transformers
 
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config(variant), **off, attn_implementation="eager"))
-    state = {name: torch.tensor(value) for name, value in weights(variant).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
-    tokens_BxT, targets_BxT = (torch.tensor(x, dtype=torch.long) for x in batch().values())
-    logits_BxTxV = model(tokens_BxT).logits
-    loss = torch.nn.functional.cross_entropy(logits_BxTxV.flatten(0, 1), targets_BxT.flatten(), ignore_index=-1)
-    loss.backward()
-    results = {"logits": logits_BxTxV.detach().numpy(), "loss": loss.detach().numpy()}
-    return results | {f"grad/{name}": p.grad.numpy() for name, p in model.named_parameters()}
+    model = golden_file.with_weights(model, weights(variant))
+    # through the cache, as the file was made: without it gradients are rounded otherwise
+    return golden_file.logits_and_loss(model, batch(), use_cache=True) | golden_file.gradients(model)
 
 
 if __name__ == "__main__":
-    everything = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **everything)
-    print(f"{FILE}: {len(everything)} arrays, {FILE.stat().st_size:,} bytes")
+    golden_file.write_variants(FILE, VARIANTS, oracle)

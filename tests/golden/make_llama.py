@@ -5,9 +5,10 @@
 Weights come from NumPy's RandomState, whose stream is frozen, so the file holds results alone.
 """
 
-import os
+import functools
 import pathlib
 
+import golden_file
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("llama_tiny.npz")
@@ -28,13 +29,14 @@ VARIANTS = {  # name -> what config.json says
     "tied": COMMON | {"head_dim": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama3": COMMON | {"head_dim": 8, "num_key_value_heads": 2, "rope_theta": 50.0, "rope_scaling": LLAMA3},
 }
+config = VARIANTS.__getitem__
+batch = functools.partial(golden_file.batch, V, B, T)
 
 
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Name -> fp32 array, in Hugging Face's layout; far larger than a fresh model's, so that every path matters."""
     c = VARIANTS[variant]
-    random = np.random.RandomState(list(VARIANTS).index(variant))
-    draw = lambda std, *shape: random.normal(0, std, shape).astype(np.float32)
+    draw = golden_file.drawing(list(VARIANTS).index(variant))
     H, G, K = c["num_attention_heads"], c["num_key_value_heads"], c.get("head_dim", D // c["num_attention_heads"])
     named = {"model.embed_tokens.weight": draw(0.7, V, D), "model.norm.weight": 1 + draw(0.2, D)}
     for i in range(L):
@@ -55,18 +57,9 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     return named
 
 
-def batch() -> dict[str, np.ndarray]:
-    """Tokens and targets; a few targets are -1, which is not learnt."""
-    random = np.random.RandomState(99)
-    tokens_BxT, targets_BxT = random.randint(0, V, (2, B, T)).astype(np.int32)
-    return {"tokens": tokens_BxT, "targets": np.where(random.rand(B, T) < 0.2, -1, targets_BxT).astype(np.int32)}
-
-
 def model(variant: str):
     """transformers' model with these weights."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    import torch
+    golden_file.quiet_torch()
     import transformers
 
     said = {k: v for k, v in VARIANTS[variant].items() if k not in ("model_type", "rope_theta", "rope_scaling")}
@@ -74,26 +67,14 @@ def model(variant: str):
     said["rope_parameters"] = scaling | {"rope_theta": VARIANTS[variant]["rope_theta"]}
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**special, **said, attn_implementation="eager"))
-    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights(variant).items()}, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    llama.tie_weights()
-    return llama
+    return golden_file.with_weights(llama, weights(variant))
 
 
 def oracle(variant: str) -> dict[str, np.ndarray]:
     """ "logits", "loss" (mean over the targets) and "grad/NAME" for every parameter, as PyTorch has them."""
-    import torch
-
     llama = model(variant)
-    tokens, targets = (torch.tensor(x).long() for x in batch().values())
-    logits = llama(input_ids=tokens, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-    loss.backward()
-    found = {"logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
-    return found | {f"grad/{n}": p.grad.numpy() for n, p in llama.named_parameters()}
+    return golden_file.logits_and_loss(llama, batch()) | golden_file.gradients(llama)
 
 
 if __name__ == "__main__":
-    results = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **results)
-    print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
+    golden_file.write_variants(FILE, VARIANTS, oracle)

@@ -6,9 +6,9 @@ Arrays come from NumPy's RandomState, whose stream is frozen, so the file holds 
 32,768 blocks in one order on every x86 CPU and number of threads; these are fewer.
 """
 
-import os
 import pathlib
 
+import golden_file
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("nf4.npz")
@@ -64,7 +64,7 @@ def addends(length: int) -> np.ndarray:
 
 def oracle() -> dict[str, np.ndarray]:
     """NAME/codes, absmax, scales, offset and values (fp32), the codes and scales of `groups`, and means of `addends`."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    golden_file.quiet_torch()
     import bitsandbytes.functional as bnb
     import torch
 
@@ -87,5 +87,4 @@ def oracle() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(FILE, **oracle())
-    print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
+    golden_file.write(FILE, oracle())

@@ -1,21 +1,19 @@
 """Output and every gradient equal diffusers' DiTTransformer2DModel: by golden file always, live where installed."""
 
 import functools
-import json
 
+import golden_file
 import jax
 import make_dit
 import numpy as np
+import parity
 import pytest
 import quick
-import safetensors.numpy
 from quick import relative_error as error
 
-from jaxvram.convert import dit as convert
 from jaxvram.models.dit import DiT, DiTConfig
-from jaxvram.train.optimizer import path_name
 
-TOLERANCE = 1e-5  # of the largest element of the reference's tensor
+golden = functools.partial(parity.golden, make_dit)
 
 
 def our_config(variant):
@@ -28,20 +26,10 @@ def our_config(variant):
     )  # fmt: skip
 
 
-@functools.cache
-def golden(variant):
-    with np.load(make_dit.FILE) as file:
-        return {name.partition("/")[2]: file[name] for name in file.files if name.startswith(variant + "/")}
-
-
-def in_our_layout(folder, variant, tensors):
-    """Tensors under diffusers' names (weights or gradients, of which the layout is the same) as our tree."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(make_dit.config(variant)))
+def in_our_layout(tmp_path, variant, tensors):
     tensors = make_dit.with_copies(tensors, make_dit.VARIANTS[variant]["num_layers"])
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    safetensors.numpy.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    return convert.load_params(folder, our_config(variant))
+    file = "diffusion_pytorch_model.safetensors"
+    return parity.in_our_layout(tmp_path, make_dit, variant, our_config(variant), tensors, file)
 
 
 @functools.partial(quick.jit, static_argnums=0)
@@ -55,23 +43,16 @@ def ours(model, params, x, t, labels, g):
 
 def errors(tmp_path, variant, reference):
     """Name -> error of output and all gradients against `reference`, in the form that make_dit.oracle returns."""
-    params = in_our_layout(tmp_path / "weights", variant, make_dit.weights(variant))
+    params = in_our_layout(tmp_path, variant, make_dit.weights(variant))
     (grads, dx), out = ours(DiT(our_config(variant)), params, **make_dit.batch(variant))
-    theirs = {name.removeprefix("grad/"): x for name, x in reference.items() if name not in ("out", "grad/x")}
-    theirs = in_our_layout(tmp_path / "gradients", variant, theirs)
-    assert jax.tree.structure(theirs) == jax.tree.structure(grads)
-    found = {path_name(path): x for path, x in jax.tree.leaves_with_path(jax.tree.map(error, grads, theirs))}
-    return found | {"out": error(out, reference["out"]), "x": error(dx, reference["grad/x"])}
-
-
-def assert_small(found):
-    worst = max(found, key=found.get)
-    assert found[worst] <= TOLERANCE, f"{worst} is off by {found[worst]:.1e} of its largest element"
+    found = {"out": error(out, reference["out"]), "x": error(dx, reference["grad/x"])}
+    theirs = {name: x for name, x in golden_file.part(reference, "grad").items() if name != "x"}
+    return found | parity.gradient_errors(grads, in_our_layout(tmp_path, variant, theirs))
 
 
 @pytest.mark.parametrize("variant", make_dit.VARIANTS)
 def test_golden(variant, tmp_path):
-    assert_small(errors(tmp_path, variant, golden(variant)))
+    parity.assert_small(errors(tmp_path, variant, golden(variant)))
 
 
 @pytest.mark.parametrize("variant", make_dit.VARIANTS)
@@ -79,10 +60,9 @@ def test_live(variant, tmp_path):
     """Also that the golden file is what its script makes."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    live, kept = make_dit.oracle(variant), golden(variant)
-    assert_small(errors(tmp_path, variant, live))
-    assert set(live) == set(kept)
-    assert_small({name: error(live[name], want) for name, want in kept.items()})
+    live = make_dit.oracle(variant)
+    parity.assert_small(errors(tmp_path, variant, live))
+    parity.assert_golden_is_live(make_dit, variant, live)
 
 
 def test_diffusers_own_frequencies_are_not_the_papers(monkeypatch):
@@ -91,7 +71,7 @@ def test_diffusers_own_frequencies_are_not_the_papers(monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(make_dit, "correct", lambda model: model.eval())
     variant = "fixed_variance"
-    assert error(make_dit.oracle(variant)["out"], golden(variant)["out"]) > 100 * TOLERANCE
+    assert error(make_dit.oracle(variant)["out"], golden(variant)["out"]) > 100 * parity.TOLERANCE
 
 
 def test_the_file_has_a_gradient_for_every_weight():
