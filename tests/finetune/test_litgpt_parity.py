@@ -1,25 +1,20 @@
 """LLaMA-Adapter, both versions, with a gate for each head equals LitGPT's: logits, loss and gradients, by golden file."""
 
-import json
-
 import jax
 import make_litgpt
 import make_llama
 import numpy as np
+import parity
 import pytest
-import quick
-import safetensors.numpy
 from flax import traverse_util
+from golden_file import part
 from quick import relative_error as error
 
-from jaxvram.convert import llama as convert
 from jaxvram.finetune.adapted import Adapted
 from jaxvram.finetune.config import FinetuneConfig
-from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxvram.models.llama import Llama, LlamaConfig
-from jaxvram.train.partition import divide, join
+from jaxvram.train.partition import divide
 
-TOLERANCE = 1e-5  # of the largest element of the reference's tensor
 C = make_llama.VARIANTS[make_litgpt.BASE]
 CFG = LlamaConfig(
     vocab_size=make_llama.V, block_size=make_llama.T, n_layer=make_llama.L, n_embd=make_llama.D, n_inner=make_llama.F,
@@ -36,16 +31,8 @@ PROMPTS = {"attn.adapter_wte.weight": "adapter_prompt", "attn.gating_factor": "a
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "config.json").write_text(json.dumps(C))
-    safetensors.numpy.save_file(make_llama.weights(make_litgpt.BASE), folder / "model.safetensors")
-    return convert.load_params(folder, CFG)
-
-
-def golden(variant, kind):
-    with np.load(make_litgpt.FILE) as file:
-        begin = f"{variant}/{kind}"
-        return {name.removeprefix(begin).lstrip("/"): file[name] for name in file.files if name.startswith(begin)}
+    weights = make_llama.weights(make_litgpt.BASE)
+    return parity.in_our_layout(tmp_path_factory.mktemp("base"), make_llama, make_litgpt.BASE, CFG, weights)
 
 
 def of_layer(named, i):
@@ -78,45 +65,26 @@ def as_ours(named):
     return traverse_util.unflatten_dict(flat)
 
 
-def run(variant, base, trained):
+def run(variant, base, added):
     """(logits, loss, gradients by what is trained)."""
     model, finetune = Adapted(Llama(CFG), OURS[variant]), OURS[variant]
-    batch = make_llama.batch()
-    fresh = model.init(jax.random.key(0), batch["tokens"][:1, :1])["params"]
-    flat = [traverse_util.flatten_dict(tree) for tree in (fresh, base, trained)]
-    params = traverse_util.unflatten_dict(flat[0] | flat[1] | flat[2])
-    given, frozen = divide(params, finetune.trains)
-    assert set(traverse_util.flatten_dict(given)) == set(flat[2])
-
-    @quick.jit
-    def ours(given, frozen):
-        def loss_fn(given):
-            variables = {"params": join(given, frozen)}
-            hidden_BxTxD, _ = model.apply(variables, batch["tokens"])
-            head_VxD = model.apply(variables, method="head_VxD")
-            loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head_VxD, batch["targets"], CFG.vocab_size)
-            return loss_BxT.sum() / (batch["targets"] >= 0).sum(), hidden_BxTxD @ head_VxD.T
-
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(given)
-        return logits, loss, grads
-
-    return ours(given, frozen)
+    fresh = model.init(jax.random.key(0), make_llama.batch()["tokens"][:1, :1])["params"]
+    flat = [traverse_util.flatten_dict(tree) for tree in (fresh, base, added)]
+    trained, frozen = divide(traverse_util.unflatten_dict(flat[0] | flat[1] | flat[2]), finetune.trains)
+    return parity.language_model(model, trained, **parity.of_batch(make_llama), frozen=frozen)
 
 
 @pytest.mark.parametrize("variant", make_litgpt.VARIANTS)
 def test_the_golden_file(base, variant):
-    logits, loss, grads = run(variant, base, as_ours(golden(variant, "weight")))
-    found = {"logits": error(logits, golden(variant, "logits")[""]), "loss": error(loss, golden(variant, "loss")[""])}
-    theirs = traverse_util.flatten_dict(as_ours(golden(variant, "grad")), sep="/")
-    for path, grad in traverse_util.flatten_dict(grads, sep="/").items():
-        found[path] = error(grad, theirs[path])
-    assert set(theirs) < set(found) and max(found.values()) < TOLERANCE, found
+    reference = parity.golden(make_litgpt, variant)
+    found = run(variant, base, as_ours(part(reference, "weight")))
+    parity.assert_small(parity.errors(found, reference, as_ours(part(reference, "grad"))))
 
 
 def test_the_gates_are_of_heads(base):
     """Another gate for each head: with the gates of two heads exchanged nothing agrees."""
-    trained = golden("adapter", "weight")
-    gate = "transformer.h.1.attn.gating_factor"
-    trained[gate] = trained[gate][:, :, [1, 0, 2, 3]]
-    logits, _, _ = run("adapter", base, as_ours(trained))
-    assert error(logits, golden("adapter", "logits")[""]) > 100 * TOLERANCE
+    reference = parity.golden(make_litgpt, "adapter")
+    weights, gate = part(reference, "weight"), "transformer.h.1.attn.gating_factor"
+    weights[gate] = weights[gate][:, :, [1, 0, 2, 3]]
+    logits, _, _ = run("adapter", base, as_ours(weights))
+    assert error(logits, reference["logits"]) > 100 * parity.TOLERANCE

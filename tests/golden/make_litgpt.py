@@ -10,6 +10,7 @@ second version also scales the head; ours leaves that out, as the paper's own co
 
 import pathlib
 
+import golden_file
 import make_llama
 import numpy as np
 
@@ -88,6 +89,4 @@ def oracle(variant: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    results = {f"{variant}/{name}": x for variant in VARIANTS for name, x in oracle(variant).items()}
-    np.savez_compressed(FILE, **results)
-    print(f"{FILE}: {FILE.stat().st_size / 1024:.0f} KiB")
+    golden_file.write_variants(FILE, VARIANTS, oracle)
