@@ -38,7 +38,8 @@ def train(recipe, workdir: pathlib.Path, options) -> int:
     if jax.process_index() == 0:
         print(f"{recipe.name}:{recipe.variant} in {workdir} on {jax.devices()[0].device_kind}", flush=True)
         print(f"data: {task.source.description}", flush=True)
-    init_params = load_base(recipe, task)
+    resumes = look(workdir).step is not None
+    init_params = load_frozen(recipe, task) if resumes else load_base(recipe, task)
     loop = Loop(recipe, task, workdir)
     if loop.writes:
         _plan_for_this_gpu(recipe, task, workdir)
@@ -161,8 +162,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
         return task, join(*make_program(recipe, task, mesh).parameters(load_base(recipe, task))), 0
     checkpoints = Checkpoints(workdir)
     program = make_program(recipe, task, mesh)
-    base = load_base(recipe, task) if program.target.frozen else None
-    target = program.target.replace(frozen=program.frozen(base))
+    target = program.target.replace(frozen=program.frozen(load_frozen(recipe, task)))
     weights, meta = checkpoints.restore_weights(kinds[0], target)
     checkpoints.close()
     return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
@@ -179,6 +179,11 @@ def load_base(recipe, task):
         shapes = jax.eval_shape(task.init, jax.random.key(0))
         base = join(base, peft.load(recipe.finetune.adapter_from, shapes, recipe.finetune))
     return base
+
+
+def load_frozen(recipe, task):
+    """What a checkpoint does not hold, on the host: the base of what is fine-tuned; None where there is none."""
+    return _read_base(recipe, task) if recipe.train.init_from and recipe.finetune.method != "none" else None
 
 
 def _read_base(recipe, task):

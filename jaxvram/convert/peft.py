@@ -25,7 +25,7 @@ def save(params, finetune, folder, base: str = "") -> None:
     Raises:
       UserError: peft knows no such method, or the folder can't be written (huggingface.write_folder).
     """
-    if finetune.method not in ("lora", "adapter") or (finetune.method == "adapter" and finetune.gate != "layer"):
+    if not finetune.is_pefts:
         raise UserError(
             f"peft has no finetune.method={finetune.method} with finetune.gate={finetune.gate}; it has lora, and adapter "
             "with finetune.gate=layer"
@@ -49,7 +49,7 @@ def load(folder, target, finetune) -> dict:
     Raises:
       UserError: the folder is incomplete or damaged, or of another method, rank or targets.
     """
-    kind = {"lora": "LORA", "adapter": "ADAPTION_PROMPT"}.get(finetune.method, finetune.method)
+    kind = {"lora": "LORA", "adapter": "ADAPTION_PROMPT"}[finetune.method]
     source = HuggingFaceFolder(folder, kind, layout=PEFT)
     _check(source, finetune)
     shapes = _added(target)

@@ -141,7 +141,11 @@ def _segments(cfg, conversation: Conversation) -> list[Segment]:
 
 
 def prompt_segments(cfg, message: str, said: Iterable[tuple[str, str]] = ()) -> list[Segment]:
-    """A user's message after those that were answered, up to where the answer begins."""
+    """A user's message after those that were answered, up to where the answer begins.
+
+    A style that has no place for more than one turn knows nothing of what was said.
+    """
+    said = said if prompt_styles.STYLES[cfg.prompt_style].several_turns else ()
     turns = [Message(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
     return prompt_styles.segments_of(cfg.prompt_style, cfg.system, [*turns, Message("user", message)])
 

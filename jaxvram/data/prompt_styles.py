@@ -42,6 +42,7 @@ class Style(NamedTuple):
     segments_of: Callable[[list[Message]], list[Segment]]
     needs: tuple[str, ...]  # special tokens
     end: str  # of them, the one that ends a response
+    several_turns: bool = True
 
 
 def _special(name: str, is_response: bool = False) -> Segment:
@@ -124,7 +125,7 @@ def _llama3(messages: list[Message]) -> list[Segment]:
 
 
 STYLES = {
-    "alpaca": Style(_alpaca, (EOS,), EOS),
+    "alpaca": Style(_alpaca, (EOS,), EOS, several_turns=False),
     "llama2": Style(_llama2, ("<s>", "</s>"), "</s>"),
     "chatml": Style(_chatml, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "llama3": Style(
@@ -159,9 +160,7 @@ def special_id(tokenizer, token: str) -> int | None:
     find = getattr(tokenizer, "special", lambda _: None)
     if token == BOS:
         bos = getattr(tokenizer, "bos", tokenizer.eot)
-        return (
-            None if bos == find("<|im_start|>") else bos
-        )  # SmolLM2's files call it so; its texts do not begin with it
+        return None if bos == find("<|im_start|>") else bos  # so SmolLM2's files call it; no text begins with it
     return find(token)
 
 

@@ -92,6 +92,7 @@ def continuation(tokenizer, before, after) -> str:
     By itself, `after` would lose the space before its first word with SentencePiece, and a character whose bytes are
     divided between the two with byte pairs.
     """
+    after = np.asarray(after, np.int32)  # NumPy takes an empty list for floats
     start, whole = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, after]))
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)
 

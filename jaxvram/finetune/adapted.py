@@ -51,14 +51,16 @@ class Adapted:
         if method.startswith("adapter"):
             if not any(path.endswith("adapter_gate") for path in paths):
                 raise UserError(f"finetune.method={method} needs a Llama; this model has no attention that takes prompts")
-            variables = {**variables, "params": self._with_first_layers_off(variables["params"])}
+            variables = {**variables, "params": self._as_adapters_want(variables["params"])}
         return variables
 
-    def _with_first_layers_off(self, params):
+    def _as_adapters_want(self, params):
+        """Without prompts in the first layers; norms that are trained in fp32, where small steps are not rounded away."""
+
         def of_leaf(path, x_L):
-            if path[-1] != "adapter_active":
-                return x_L
-            return (jnp.arange(len(x_L)) >= self.finetune.first_layer).astype(jnp.float32)
+            if path[-1] == "adapter_active":
+                return (jnp.arange(len(x_L)) >= self.finetune.first_layer).astype(jnp.float32)
+            return x_L.astype(jnp.float32) if self.finetune.trains("/".join(path)) else x_L
 
         flat = traverse_util.flatten_dict(params)
         return traverse_util.unflatten_dict({path: of_leaf(path, x) for path, x in flat.items()})

@@ -38,6 +38,11 @@ class FinetuneConfig:
                 raise UserError(f"finetune.{field}={value!r} is unknown{nearest(value, valid)}")
         if self.base == "nf4" and self.method not in ("lora", "adapter"):
             raise UserError(f"finetune.base=nf4 is not trained: finetune.method={self.method} must be lora or adapter")
+        if self.adapter_from and not self.is_pefts:
+            raise UserError(
+                f"finetune.adapter_from={self.adapter_from} is a folder of peft's: set finetune.method=lora, or adapter "
+                f"with finetune.gate=layer (here: {self.method} with {self.gate})"
+            )
         if min(self.rank, self.prompt_length) < 1 or self.first_layer < 0:
             raise UserError("finetune: rank and prompt_length must be at least 1, first_layer must not be negative")
         if not 0 <= self.dropout < 1:
@@ -50,6 +55,11 @@ class FinetuneConfig:
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    @property
+    def is_pefts(self) -> bool:
+        """Does peft know it? Of LLaMA-Adapter it has the first version, with a gate for each layer."""
+        return self.method == "lora" or (self.method == "adapter" and self.gate == "layer")
 
     def trains(self, path: str) -> bool:
         """Is the parameter of that path trained?"""

@@ -4,6 +4,7 @@ Nothing here ever holds a second copy of the model: reading needs what the model
 matrix at a time.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -35,15 +36,26 @@ def base_parameters(model: Adapted, tensors: Iterable) -> dict:
             whole[... if layer is None else layer] = part
 
     for path, layer, x in tensors:
-        quantised, magnitude = (*path[:-1], "nf4"), (*path[:-1], "lora_magnitude")
-        if path in shapes:
-            put(path, layer, x)
-        else:
-            put(quantised, layer, nf4.quantize(x.T, np))  # as they lie in the file, a few rows at a time
+        name, shape, magnitude = path, x.shape, (*path[:-1], "lora_magnitude")
+        if path not in shapes:
+            name, x = (*path[:-1], "nf4"), nf4.quantize(x.T, np)  # as they lie in the file, a few rows at a time
+        put(name, layer, x)
         if path[-1] == "kernel" and magnitude in shapes:
-            put(magnitude, layer, np.sqrt(np.square(np.asarray(x, np.float32)).sum(0)))
+            put(magnitude, layer, _norm(x, shape, model.cfg.dtype if name != path else shapes[path].dtype))
         del x  # before the next is read
     return traverse_util.unflatten_dict(read)
+
+
+def _norm(x, shape: tuple[int, int], dtype) -> np.ndarray:
+    """|column| of a matrix as it is multiplied with, not as it was read: so DoRA changes nothing at first."""
+    if isinstance(x, nf4.NF4):
+        return np.asarray(_norm_of_nf4(x, shape, dtype))
+    return np.sqrt(np.square(np.asarray(x, dtype).astype(np.float32)).sum(0))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _norm_of_nf4(x, shape, dtype):
+    return lora.norm(nf4.dequantize(x, shape[::-1], dtype).T)
 
 
 def one_by_one(params) -> Iterable:

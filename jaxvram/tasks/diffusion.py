@@ -73,6 +73,8 @@ class DiffusionTask:
     @classmethod
     def of_recipe(cls, recipe, with_data: bool = True, say: Callable[[str], None] = lambda _: None) -> "DiffusionTask":
         """The task of a recipe. Without data, for a plan: the model says what shape they have."""
+        if recipe.finetune.method != "none":
+            raise UserError(f"finetune.method={recipe.finetune.method} is for language models: set it to none")
         source = images.load(recipe.data, recipe.train.seed) if with_data else None
         return cls(models.build(recipe.model), source, recipe.task, recipe.sample)
 

@@ -248,8 +248,15 @@ class LanguageTask:
 def _with_vocabulary(recipe) -> data.DataConfig:
     """A tokenizer of a file that nobody names is that which lies with the weights."""
     cfg, weights = recipe.data, recipe.train.init_from
-    if cfg.tokenizer != "file" or cfg.vocab_path or not weights:
+    if cfg.tokenizer != "file" or cfg.vocab_path:
         return cfg
+    if not weights:
+        raise UserError(
+            "data.tokenizer=file is the tokenizer that lies with the weights, and there are none: set train.init_from to a "
+            "folder or .gguf of them; or, to train from nothing, data.vocab_path to a tokenizer"
+        )
+    if not pathlib.Path(locate(weights)).expanduser().exists():
+        raise UserError(f"train.init_from={weights}: there is no such folder or file")
     return dataclasses.replace(cfg, vocab_path=locate(weights))
 
 

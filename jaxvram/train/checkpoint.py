@@ -107,7 +107,7 @@ class Checkpoints:
         if other := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
             raise UserError(
                 f"{self.folder / kind} was trained on other base weights than these ({len(other)} arrays differ, among them "
-                f"{other[0]}); set train.init_from and finetune as they were, or give another --workdir"
+                f"{other[0]}); set train.init_from and finetune, or train.seed, as they were, or give another --workdir"
             )
 
     def _restore(self, kind: str, targets: dict[str, Any]):
@@ -269,7 +269,8 @@ def check_workdir(workdir: pathlib.Path, recipe, data_identity: dict | None = No
     """A run folder belongs to the recipe that made it, and to data with the same vocabulary.
 
     Raises:
-      UserError: config.json there is of another recipe or variant, of a model with other shapes, or of other data.
+      UserError: config.json there is of another recipe or variant, of a model with other shapes, fine-tuned otherwise,
+        or of other data.
     """
     if (before := made_by(workdir)) is None:
         return
@@ -284,8 +285,12 @@ def check_workdir(workdir: pathlib.Path, recipe, data_identity: dict | None = No
             f"{workdir} was made by {before['name']}:{before['variant']}, not by {recipe.name}:{recipe.variant}; "
             "give another --workdir"
         )
-    now = json.loads(json.dumps(recipe.as_dict()))["model"]
-    free = ("remat", "unroll_layers", "dropout", "dtype", "block_size", "kernels")  # may change between two starts
-    for name, value in before["model"].items():
-        if name not in free and now.get(name) != value:
-            raise UserError(f"{workdir} was made with model.{name}={value}, not {now.get(name)}; give another --workdir")
+    now = json.loads(json.dumps(recipe.as_dict()))
+    free = {  # may change between two starts
+        "model": ("remat", "unroll_layers", "dropout", "dtype", "block_size", "kernels"),
+        "finetune": ("dropout", "adapter_from"),
+    }
+    for section, names in free.items():
+        for name, value in before.get(section, {}).items():
+            if name not in names and (here := now[section].get(name)) != value:
+                raise UserError(f"{workdir} was made with {section}.{name}={value}, not {here}; give another --workdir")

@@ -57,30 +57,32 @@ class Program:
         """(trained, frozen) on the devices.
 
         Args:
-          params: arrays of the host; those that are trained and not among them come from the seed.
+          params: arrays of the host; those that are not among them come from the seed.
         """
-        trained, frozen = self.functions.divide(params)
-        given = traverse_util.flatten_dict(trained)
-        fresh = jax.jit(lambda: _without(self.functions.params()[0], given))()
-        trained = traverse_util.unflatten_dict(traverse_util.flatten_dict(fresh) | given)
-        # Leaf by leaf and not through a compiled program, which would hold them twice.
-        put = lambda tree, target: jax.tree.map(jax.device_put, tree, self._homes(target))
-        return put(trained, self.target.params), put(frozen, self.target.frozen)
+        return self._part(0, params), self._part(1, params)
 
     def frozen(self, params=None):
         """The frozen parameters alone, of `params` or from the seed."""
-        if params is not None:
-            return self.parameters(params)[1]
-        return jax.jit(lambda: self.functions.params()[1], out_shardings=self._homes(self.target.frozen))()
+        return self._part(1, params or {})
+
+    def _part(self, which: int, params):
+        """What is trained (0) or frozen (1), with what `params` lack from the seed."""
+        homes = traverse_util.flatten_dict(self._homes((self.target.params, self.target.frozen)[which]))
+        given = traverse_util.flatten_dict(self.functions.divide(params)[which])
+        lacking = {path: home for path, home in homes.items() if path not in given}
+
+        def of_seed():
+            flat = traverse_util.flatten_dict(self.functions.params()[which])
+            return {path: flat[path] for path in lacking}
+
+        fresh = jax.jit(of_seed, out_shardings=lacking)() if lacking else {}
+        # Leaf by leaf and not through a compiled program, which would hold them twice.
+        put = {path: jax.tree.map(jax.device_put, x, homes[path]) for path, x in given.items()}
+        return traverse_util.unflatten_dict(fresh | put)
 
     @staticmethod
     def _homes(target):
         return jax.tree.map(lambda s: s.sharding, target)
-
-
-def _without(params, paths):
-    flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({path: x for path, x in flat.items() if path not in paths})
 
 
 def make_functions(recipe, task) -> Functions:
