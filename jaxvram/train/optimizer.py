@@ -118,16 +118,24 @@ def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
 
 def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:
     if cfg.name == "adamw":
-        return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype)
+        return _in_fp32(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype))
     if cfg.name == "adamw_8bit":
         return scale_by_adam_8bit(cfg.b1, cfg.b2, cfg.eps)
     if cfg.name == "lion":
         return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.mu_dtype)
     # Shazeer & Stern 2018, arXiv:1804.04235, with an explicit rate; with a first moment as in Zhai et al. 2021, 2106.04560
-    adafactor = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    adafactor = [_in_fp32(optax.scale_by_factored_rms()), optax.clip_by_block_rms(1.0)]
     if cfg.name == "adafactor_momentum":
         adafactor.append(optax.ema(cfg.b1, accumulator_dtype=cfg.mu_dtype))
     return optax.chain(*adafactor)
+
+
+def _in_fp32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Optax keeps second moments in the dtype of weights: in bf16 a thousandth of a new square is lost, and they stay."""
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jax.numpy.float32), tree)
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.float32), tree)
+    update = lambda updates, state, params: tx.update(wide(updates), state, shapes(params))  # no weight is read
+    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update)
 
 
 def group_labels(groups: Mapping[str, ParamGroup], params):
