@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxvram.convert import converter, peft
+from jaxvram.convert import companions, converter, peft
 from jaxvram.convert.packaged import locate
 from jaxvram.errors import UserError, nearest
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
@@ -104,6 +104,8 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if recipe.finetune.method != "none":
         params = merged(task.model, params)
     converter(recipe.model).save(params, task.model.cfg, options.out)
+    if recipe.train.init_from:
+        companions.add(options.out, locate(recipe.train.init_from))
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0
 

@@ -10,8 +10,16 @@ import gguf
 import numpy as np
 
 from jaxvram.convert import huggingface
-from jaxvram.data.gguf_metadata import read_header
+from jaxvram.data.gguf_metadata import read_header, read_metadata
 from jaxvram.errors import UserError
+
+
+def special_ids(file) -> dict[str, int]:
+    """The tokens that begin, end and fill a text, by the names that config.json has for them; those that are told."""
+    metadata = read_metadata(pathlib.Path(file).expanduser())
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    told = {ours: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    return {name: int(i) for name, i in told.items() if i is not None}
 
 
 class GGUFFile:

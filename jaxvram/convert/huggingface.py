@@ -18,6 +18,10 @@ from jaxvram.errors import UserError
 CONFIG = "config.json"
 LISTED = 10  # names in a message
 SHARD_BYTES = 5_000_000_000  # of a file of weights that is written
+COMPANIONS = (  # of a tokenizer and of sampling; what an export takes over from the weights that a run began from
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 OURS = "exported_by"  # in config.json: a folder that an export may replace
 
 
@@ -43,7 +47,7 @@ class Layout(NamedTuple):
         """A file that an export writes."""
         stem, end = self.weights.split(".")
         is_shard = re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{end}", file)
-        return bool(is_shard) or file in (self.config, self.weights, self.index)
+        return bool(is_shard) or file in (self.config, self.weights, self.index, *COMPANIONS)
 
 
 TRANSFORMERS = Layout()

@@ -63,6 +63,8 @@ class LanguageTask:
                 say(f"the data is not on this machine: assuming {UNKNOWN_VOCABULARY} characters (model.vocab_size)")
         if cfg.vocab_size == 0:
             cfg = dataclasses.replace(cfg, vocab_size=source.vocab_size if source else UNKNOWN_VOCABULARY)
+        if source and recipe.train.init_from:
+            _check_vocabulary(source, cfg)
         model = models.build(cfg)
         if _is_packed(recipe.data):
             _check_packing(model, recipe.task)
@@ -258,6 +260,15 @@ def _with_vocabulary(recipe) -> data.DataConfig:
     if not pathlib.Path(locate(weights)).expanduser().exists():
         raise UserError(f"train.init_from={weights}: there is no such folder or file")
     return dataclasses.replace(cfg, vocab_path=locate(weights))
+
+
+def _check_vocabulary(source, cfg) -> None:
+    """Raises a UserError where pretrained weights surely read other tokens: a few rows more are padding, a tenth is not."""
+    if source.vocab_size < 0.9 * cfg.vocab_size:
+        raise UserError(
+            f"the tokenizer has {source.vocab_size:,} tokens, and the weights of train.init_from know {cfg.vocab_size:,}: "
+            "it is not theirs (data.tokenizer, data.vocab_path)"
+        )
 
 
 def _is_packed(cfg: data.DataConfig) -> bool:

@@ -156,6 +156,14 @@ def test_no_weights_and_weights_that_are_not_there(tiny_recipe, tmp_path):
         LanguageTask.of_recipe(wrong)
 
 
+def test_a_tokenizer_that_is_not_the_weights(recipe_of):
+    """Three digits for weights that know four tokens; a row or two of padding to three would be nothing."""
+    recipe = recipe_of(METHODS["lora"])
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(LLAMA, vocab_size=4))
+    with pytest.raises(UserError, match=r"the tokenizer has 3 tokens, and the weights .* know 4: it is not theirs"):
+        modes.make_task(recipe)
+
+
 def test_images_have_no_fine_tuning(tiny_recipe):
     recipe = dataclasses.replace(tiny_recipe(), model=DiTConfig(), finetune=METHODS["lora"])
     with pytest.raises(UserError, match=r"finetune\.method=lora is for language models"):
