@@ -11,7 +11,7 @@ from jaxvram.errors import UserError, nearest
 from jaxvram.quiet import quiet
 from jaxvram.vram.cards import MEMORY_FRACTION
 
-MODES = ("train", "eval", "sample", "plan", "fit", "export", "prepare", "kernels")
+MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare", "kernels")
 
 USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
 
@@ -21,6 +21,8 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
                   or images (--config.sample.classes=..., .sampler, .steps, .guidance, .num_samples, .seed)
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
+  --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
+                  --search=batch|context: the largest that fits, of both
   --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR), or a folder of images to latents
@@ -90,7 +92,7 @@ def _run(argv: list[str]) -> int:
         raise UserError("--config=configs/NAME.py is missing; --help shows the usage")
     from jaxvram import recipe
 
-    planning = options.mode in ("plan", "fit")
+    planning = options.mode in ("plan", "fit", "compare")
     config, name, variant = recipe.load(recipe_file, for_card=planning and options.card is not None)
     if (asked := recipe_file.partition(":")[2]) in ("", "auto"):
         file = recipe_file.partition(":")[0]
@@ -123,7 +125,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number = lambda name, default, about: flags.DEFINE_integer(name, default, about, flag_values=values)
     text("mode", "train", f"One of {', '.join(MODES)}.")
     text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
-    text("card", None, "For plan and fit: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
+    text("card", None, "For plan, fit and compare: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export and prepare: the folder to write.")
     text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
@@ -135,6 +137,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")
+    text("torch_python", None, "For compare: another Python, which has PyTorch; default: this one.")
+    text("search", None, "For compare: batch or context, of which the largest that fits is looked for.")
     text("coordinator", None, "Several hosts: address:port of process 0, or `auto` under SLURM and Kubernetes.")
     number("num_processes", None, "Several hosts: how many.")
     number("process_id", None, "Several hosts: which one this is.")
@@ -142,8 +146,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
         rest = values(argv, known_only=True)
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
-    for name, valid in (("mode", MODES), ("checkpoint", ("best", "latest"))):
-        if values[name].value not in valid:
+    for name, valid in (("mode", MODES), ("checkpoint", ("best", "latest")), ("search", ("batch", "context"))):
+        if values[name].value is not None and values[name].value not in valid:
             raise UserError(f"--{name}={values[name].value} is unknown{nearest(values[name].value, valid)}")
     return values, rest
 

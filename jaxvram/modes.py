@@ -212,6 +212,27 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     return 0
 
 
+def compare(recipe, workdir: pathlib.Path, options) -> int:
+    """A train step's memory beside PyTorch's; with --search, what fits at the most. compare*.json and .png."""
+    from jaxvram.compare import picture, search, sides, table
+    from jaxvram.vram import plan as planner
+
+    card = planner.choose_card(options.card)
+    make = lambda recipe: make_task(recipe, with_data=False)
+    if options.search:
+        record = search.search(recipe, make, options.search, card, options.torch_python, _say)
+        said, drawn, stem = search.text(record), picture.curve(record), f"compare_{options.search}"
+    else:
+        record = sides.compare(recipe, make(recipe), card, options.torch_python, _say)
+        said, drawn, stem = table.text(record), picture.png(record), "compare"
+    print(said)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for ending, content in ((".json", json.dumps(record, indent=2).encode()), (".png", drawn)):
+        (workdir / (stem + ending)).write_bytes(content)
+        print(workdir / (stem + ending))
+    return 0
+
+
 def fit(recipe, workdir: pathlib.Path, options) -> int:
     """The fastest microbatch and remat that fit a card, and the overrides to paste."""
     from jaxvram.vram import fit as fitter

@@ -1,0 +1,42 @@
+"""A comparison for a terminal: the peaks, then the bill of both sides, owner by owner."""
+
+from jaxvram.compare.sides import OURS, OWNERS, best_of_torch
+from jaxvram.vram.cards import GIB, size
+
+
+def text(record: dict) -> str:
+    """What `sides.compare` found."""
+    sides, ours = record["sides"], record["sides"][OURS]
+    best = best_of_torch(record)
+    step = record["step"]
+    rows = step["microbatch_size"] or step["batch_size"]
+    shape = f"{rows} x {step['tokens']}" if step["tokens"] else f"{rows} images"
+    lines = [
+        f"{record['recipe']}:{record['variant']}, {shape} at a time, one train step, {record['way']} for "
+        f"{record['gpu']} ({size(record['usable_bytes'])} to use)",
+        "",
+        f"{'':30}{'peak':>12}{'jaxvram is':>13}",
+    ]
+    for name, side in sides.items():
+        label = name if name == OURS else f"PyTorch {name}"
+        if "refused" in side:
+            lines.append(f"{label:30}{'-':>12}{'':13}  {side['refused']}")
+            continue
+        ratio = "" if name == OURS else f"{ours['peak_bytes'] / side['peak_bytes']:.2f} of it"
+        fits = "" if side["peak_bytes"] <= record["usable_bytes"] else "  does not fit"
+        lines.append(f"{label:30}{size(side['peak_bytes']):>12}{ratio:>13}{fits}")
+    if best is not None:
+        lines += ["", *_bills(ours, sides[best], best)]
+    if record["parameters"] and record["parameters"]["difference"]:
+        lines += ["", f"PyTorch's model is not quite ours: {record['parameters']['difference']}"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return "\n".join([*lines, "", versions])
+
+
+def _bills(ours: dict, theirs: dict, best: str) -> list[str]:
+    lines = [f"{'GiB at the peak':30}{'jaxvram':>12}{'PyTorch':>13}  ({best}, its leanest)"]
+    for owner in OWNERS:
+        a, b = ours["owners"].get(owner, 0), theirs["owners"].get(owner, 0)
+        if max(a, b) >= 0.005 * max(ours["peak_bytes"], theirs["peak_bytes"]):
+            lines.append(f"{owner:30}{a / GIB:12.2f}{b / GIB:13.2f}")
+    return lines

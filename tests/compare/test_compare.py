@@ -1,0 +1,157 @@
+"""Our half of a comparison: what PyTorch's is asked, what becomes of its answers, and what fits at the most."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+from parity import needs_transformers
+
+from jaxvram import modes, recipe
+from jaxvram.compare import picture, search, sides, table, twin_process
+from jaxvram.errors import UserError
+from jaxvram.main import main
+from jaxvram.vram import cards
+
+CONFIGS = sorted(pathlib.Path(__file__).parents[2].glob("configs/*.py"))
+RTX4070 = cards.find("rtx4070")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def requested():
+    """The twin's own reading of requests."""
+    folder = str(twin_process.SCRIPT.parent)
+    sys.path.insert(0, folder)
+    yield pytest.importorskip("requested")
+    sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_can_be_asked_for(requested, path):
+    built = recipe.build(*recipe.load(str(path)))
+    cfg = modes.make_task(built, with_data=False).model.cfg
+    request = json.loads(json.dumps(twin_process.request_of(built, cfg)))
+    parsed = requested.parse(request)
+    assert parsed.step.rows == (built.train.microbatch_size or built.train.batch_size)
+    assert parsed.step.ema == (built.train.ema_decay > 0) and parsed.model.items() >= {"n_layer": cfg.n_layer}.items()
+    for name in parsed.variants:
+        requested.check_variant(parsed, name)  # none is asked for that the model has not
+
+
+def record(**torch_sides):
+    """Two GiB of ours, beside what is given."""
+    side = lambda gib: {"peak_bytes": gib * GIB, "owners": {"parameters": GIB, "logits and loss": (gib - 1) * GIB}}
+    theirs = {name: side(x) if isinstance(x, int) else {"refused": x} for name, x in torch_sides.items()}
+    return {
+        "recipe": "gpt2", "variant": "124m", "card": "rtx4070", "gpu": RTX4070.description, "way": "planned",
+        "usable_bytes": RTX4070.usable_bytes, "versions": {"jax": "1", "torch": "2"},
+        "parameters": {"difference": "a row more"}, "step": {"batch_size": 8, "microbatch_size": 4, "tokens": 1024},
+        "sides": {sides.OURS: side(2)} | theirs,
+    }  # fmt: skip
+
+
+def test_the_table_says_peaks_ratios_and_bills():
+    said = table.text(record(eager=16, flash=5, compile="measure it"))
+    assert "4 x 1024 at a time" in said and "a row more" in said and "jax 1, torch 2" in said
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert "0.12 of it  does not fit" in lines["PyTorch eager"] and "0.40 of it" in lines["PyTorch flash"]
+    assert lines["PyTorch compile"].endswith("measure it")
+    assert lines["GiB at the peak"].endswith("(flash, its leanest)")
+    assert lines["logits and loss"].split()[-2:] == ["1.00", "4.00"] and "workspace" not in lines
+
+
+def test_without_an_answer_ours_stands_alone():
+    alone = record(eager="no compiler")
+    assert sides.best_of_torch(alone) is None
+    assert "leanest" not in table.text(alone) and picture.png(alone).startswith(b"\x89PNG")
+
+
+def test_the_picture_is_as_long_as_the_peaks():
+    assert picture.png(record(eager=16, flash=5)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("usable", [0, 99, 100, 101, 5_000, 10**9])
+@pytest.mark.parametrize("peak_of", [lambda n: 100 + 7 * n, lambda n: 100 + n * n, lambda n: 100 * -(-n // 64)])
+def test_the_largest_that_fits(peak_of, usable):
+    """Straight, curved and by steps: the same as trying all, with few looks."""
+    largest, points = search.find_largest(peak_of, usable, unit=8, most=4096)
+    fitting = [n for n in range(8, 4097, 8) if peak_of(n) <= usable]
+    assert largest == max(fitting, default=0)
+    assert len(points) <= 20 and all(peak_of(n) == peak for n, peak in points.items())
+
+
+def test_a_search_asks_both_sides(monkeypatch, tiny_recipe):
+    """Ours needs a GiB a sequence and PyTorch three; a variant that it has not is told with the reason."""
+    asked = []
+
+    def ask(request, python):
+        asked.append(request["step"])
+        (name,) = request["variants"]
+        if name == "flash":
+            return {"variants": {name: {"refused": "no flash here"}}}
+        return {"variants": {name: {"peak_bytes": 3 * GIB * request["step"]["batch_size"]}}}
+
+    plan = lambda recipe, task, card: {"peak_bytes": GIB * recipe.train.batch_size}
+    monkeypatch.setattr(twin_process, "ask", ask)
+    monkeypatch.setattr(sides, "plan_ours", plan)
+    found = search.search(tiny_recipe(), lambda recipe: modes.make_task(recipe, with_data=False), "batch", RTX4070)
+    assert found["sides"][sides.OURS]["largest"] == 10 and found["sides"]["eager"]["largest"] == 3
+    assert found["sides"]["flash"] == {"refused": "no flash here"}
+    assert all(step["microbatch_size"] == 0 for step in asked)
+    said = search.text(found)
+    lines = {line.split("  ")[0]: line.split()[-3:] for line in said.splitlines()}
+    assert lines["jaxvram"] == ["10", "10.00", "GiB"] and lines["PyTorch flash"] == ["no", "flash", "here"]
+    assert picture.curve(found).startswith(b"\x89PNG")
+
+
+def test_images_have_no_context():
+    built = recipe.build(*recipe.load(str(CONFIGS[0].parent / "dit.py")))
+    with pytest.raises(UserError, match=r"--search=context: a dit has no context"):
+        search.search(built, lambda recipe: modes.make_task(recipe, with_data=False), "context", RTX4070)
+
+
+def python_that_says(tmp_path, error, status=2):
+    """An interpreter that reads the request and fails."""
+    file = tmp_path / "python"
+    file.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{error}' >&2\nexit {status}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("error: PYTHON has no torch: PYTHON -m pip install torch", r"has no torch.*apart from JAX: .*--torch-python=TORCH"),
+        ("error: there is no compiler", r"PyTorch's side: there is no compiler$"),
+        ("Segmentation fault", r"PyTorch's side: Segmentation fault$"),
+    ],
+)
+def test_what_goes_wrong_on_the_other_side(tmp_path, error, message):
+    with pytest.raises(UserError, match=message):
+        twin_process.ask({"way": "planned"}, python_that_says(tmp_path, error))
+
+
+def test_a_python_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--torch-python=.*/none does not start"):
+        twin_process.ask({"way": "planned"}, str(tmp_path / "none"))
+
+
+def test_an_unknown_search(capsys):
+    assert main(["launch.py", f"--config={CONFIGS[0]}", "--mode=compare", "--search=width"]) == 2
+    assert "--search=width is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_transformers
+def test_a_recipe_from_end_to_end(tmp_path, capsys):
+    """A GPT-2 of 1,000 parameters, both sides; the bills add up."""
+    config = f"--config={CONFIGS[0].parent / 'nanogpt_shakespeare.py'}:tiny"
+    assert main(["launch.py", config, "--mode=compare", "--card=rtx4070", f"--workdir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "PyTorch flash+checkpoint" in said
+    found = json.loads((tmp_path / "compare.json").read_text())
+    for side in found["sides"].values():
+        assert sum(side["owners"].values()) == side["peak_bytes"] > 0
+    assert found["sides"]["flash+checkpoint"]["peak_bytes"] < found["sides"]["eager"]["peak_bytes"]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
