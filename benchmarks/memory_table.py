@@ -4,7 +4,7 @@
   python benchmarks/memory_table.py --only=gpt2 --again   # the rows of one recipe, also if they are there already
   python benchmarks/memory_table.py --torch-python=TORCH/bin/python
 
-Rows are kept in benchmarks/results/memory_rtx4070.json, one at a time, so that an interrupted run goes on; the page is made of
+Rows are kept in benchmarks/results/memory_rtx4070.json as they come, so that an interrupted run goes on; the page is made of
 what is there. How both sides are planned, and what neither sees: the page says it.
 """
 
