@@ -11,6 +11,7 @@ from diffusion_tasks import CFG, KEY, Stub, grown, source, stub_task, task_of
 
 from jaxvram.data.images import ImageDataConfig
 from jaxvram.errors import UserError
+from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.models.dit import DiT
 from jaxvram.sample.diffusion import DiffusionSampleConfig
 from jaxvram.sample.noise import Noise
@@ -107,6 +108,7 @@ def test_the_task_of_a_recipe():
     recipe = types.SimpleNamespace(
         model=dataclasses.replace(CFG, channels=1, num_classes=10, learn_sigma=False), task=DiffusionConfig(),
         data=ImageDataConfig("digits"), sample=DiffusionSampleConfig(), train=types.SimpleNamespace(seed=0),
+        finetune=FinetuneConfig(),
     )  # fmt: skip
     task = DiffusionTask.of_recipe(recipe)
     assert task.source.num_classes == 10 and isinstance(task.model, DiT)
