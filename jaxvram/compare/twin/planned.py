@@ -1,0 +1,35 @@
+"""Peak memory of a train step of which nothing is executed: fake tensors, and PyTorch's own tracker."""
+
+import attention
+import torch
+import training
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tracker import Tracker
+
+
+def plan(request, variant) -> tuple[dict, dict]:
+    """(what the answer says of a variant, its parameters), for the second step: the first makes the optimizer's state."""
+    if request.device == "cuda":
+        attention.route()
+    # Libraries hold small true tensors of their own; they weigh nothing.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        job = training.prepare(request, variant, fake=True)
+        tracker = Tracker(request.device, job.rows * job.twin.tokens, job.twin.vocab_size)
+        follow(job, tracker)
+        return {"peak_bytes": tracker.peak_bytes, "owners": tracker.owners()}, job.twin.counts()
+
+
+def follow(job: training.Job, tracker: Tracker) -> None:
+    """Track one step. All that the step before would leave behind is the state of the optimizer."""
+    for parameter in job.twin.trained:
+        parameter.grad = torch.zeros_like(parameter)
+    job.update()
+    training.track(job, tracker)
+
+    def enter(phase: str) -> None:
+        tracker.phase = phase
+
+    with tracker:
+        tracker.follow_gradients(job.twin.trained)
+        tracker.restart()
+        job.step(enter, at_most=2)  # from the second on, gradients of those before are there: then all are alike
