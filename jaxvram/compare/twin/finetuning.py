@@ -106,6 +106,7 @@ def _fake_linear4bit(Linear4bit, linear, options: dict, device: str):
     codes = empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8)
     layer.weight = torch.nn.Parameter(codes, requires_grad=False)
     layer.weight.quant_state = layer.quant_state = state
+    layer.weight.compress_statistics, layer.weight.quant_type = True, "nf4"  # which peft reads
     if linear.bias is not None:
         layer.bias = torch.nn.Parameter(torch.empty_like(linear.bias), requires_grad=False)
     return layer

@@ -10,7 +10,7 @@ STEPS = 1000  # of the noise
 
 def dit(f: dict, variant, device: str) -> Twin:
     from diffusers import DiTTransformer2DModel
-    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.attention_processor import Attention, AttnProcessor
 
     if f["mlp_ratio"] != 4 or not f["num_classes"]:
         raise Refused("diffusers' DiT has an MLP of 4 D and at least one class")
@@ -22,7 +22,9 @@ def dit(f: dict, variant, device: str) -> Twin:
             num_embeds_ada_norm=f["num_classes"], norm_eps=1e-6,
         )  # fmt: skip
     if not variant.flash:
-        model.set_attn_processor(AttnProcessor())
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
     embedders = (256 * D + D) + (D * D + D) + (f["num_classes"] + 1) * D
     difference = f"each of diffusers' {L} blocks embeds time and class anew, ours once for all" if L > 1 else ""
     betas = torch.linspace(1e-4, 0.02, STEPS, device=device)

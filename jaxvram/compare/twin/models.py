@@ -54,7 +54,8 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
     if variant.checkpoint and kind == "dit":
         twin.model.enable_gradient_checkpointing()  # diffusers' does not re-enter
     elif variant.checkpoint:
-        twin.model.gradient_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # since transformers 5.20 or so; before, as below
+        getattr(twin.model, name, twin.model.gradient_checkpointing_enable)({"use_reentrant": False})
     return twin
 
 
@@ -116,13 +117,14 @@ def _gpt2(transformers, f: dict):
 
 
 def _llama(transformers, f: dict):
-    rope = {"rope_type": "default", "rope_theta": f["rope_theta"]}
+    rope, context = {"rope_type": "default", "rope_theta": f["rope_theta"]}, f["block_size"]
     if f["rope_factor"] != 1:
         rope |= {"rope_type": "llama3", "factor": f["rope_factor"], "low_freq_factor": f["rope_low_freq_factor"]}
         rope |= {"high_freq_factor": f["rope_high_freq_factor"]}
         rope |= {"original_max_position_embeddings": f["rope_original_context"]}
+        context = int(f["rope_factor"] * f["rope_original_context"])
     config = transformers.LlamaConfig(
-        vocab_size=f["vocab_size"], max_position_embeddings=f["block_size"], num_hidden_layers=f["n_layer"],
+        vocab_size=f["vocab_size"], max_position_embeddings=context, num_hidden_layers=f["n_layer"],
         num_attention_heads=f["n_head"], num_key_value_heads=f["n_kv_head"], hidden_size=f["n_embd"],
         head_dim=f["head_dim"] or f["n_embd"] // f["n_head"], intermediate_size=f["n_inner"], rope_parameters=rope,
         rms_norm_eps=f["norm_eps"], tie_word_embeddings=f["tie_head"], attention_bias=f["attention_bias"],

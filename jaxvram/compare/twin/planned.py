@@ -7,10 +7,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tracker import Tracker
 
 
+def mend() -> None:
+    """What stands in the way of libraries that meet fake tensors."""
+
+    def apply(module, fn, recurse=True):
+        """Module.to and its like, which would swap the insides of a parameter, and those of a fake one cannot be."""
+        done = {}  # by identity: what is tied stays tied
+        for part in module.modules() if recurse else [module]:
+            for name, old in [*part._parameters.items(), *part._buffers.items()]:
+                if old is None or (new := done.setdefault(id(old), fn(old))) is old:
+                    continue
+                if name in part._parameters and not isinstance(new, torch.nn.Parameter):
+                    new = done[id(old)] = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+                (part._parameters if name in part._parameters else part._buffers)[name] = new
+        return module
+
+    torch.nn.Module._apply = apply
+
+
 def plan(request, variant) -> tuple[dict, dict]:
     """(what the answer says of a variant, its parameters), for the second step: the first makes the optimizer's state."""
     if request.device == "cuda":
         attention.route()
+    if request.model["kind"] == "mamba":
+        import scans
+
+        scans.route()
+    mend()
     # Libraries hold small true tensors of their own; they weigh nothing.
     with FakeTensorMode(allow_non_fake_inputs=True):
         job = training.prepare(request, variant, fake=True)
