@@ -25,10 +25,23 @@ def mend() -> None:
     torch.nn.Module._apply = apply
 
 
+def unpacked() -> None:
+    """transformers looks whether several texts share a row, in numbers that are not there, and then masks for both cases.
+
+    On true tensors it finds one text a row, and leaves masking to the kernel.
+    """
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
 def plan(request, variant) -> tuple[dict, dict]:
     """(what the answer says of a variant, its parameters), for the second step: the first makes the optimizer's state."""
     if request.device == "cuda":
         attention.route()
+    if request.model["kind"] != "dit":
+        unpacked()
     if request.model["kind"] == "mamba":
         import scans
 

@@ -20,9 +20,10 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        A, _, _, C = ctx.saved_tensors
+        A, states, copies, C = ctx.saved_tensors  # all named: recomputed ones would else be gone
         of_A, of_u, of_C = torch.zeros_like(A), torch.zeros(A.shape, dtype=ctx.of_u, device=A.device), torch.zeros_like(C)
         torch.zeros_like(A)  # the next token's part of either
+        del states, copies
         return of_A, of_u, of_C, None
 
 
