@@ -1,6 +1,7 @@
-"""`python real_step.py < request.json`: the bytes that PyTorch's allocator really gives in a step on the CPU, per variant.
+"""`python real_step.py < request.json`: a step on the CPU, planned, and as PyTorch's allocator really gives it.
 
-No tracker is there: torch.profiler writes each allocation down. Prints {variant: bytes at the peak} as JSON.
+Prints {variant: [bytes that torch.profiler saw given, bytes planned]} as JSON, with the parameters. No tracker and no fake
+tensor is there when the profiler looks.
 """
 
 import json
@@ -11,27 +12,28 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "jaxvram" / "compare" / "twin"))
 
-import requested  # noqa: E402
-import training  # noqa: E402
-from tracker import Tracker  # noqa: E402
+import planned
+import requested
+import training
 
 
 def peak_of_a_step(job) -> int:
+    """What lies there already, and the most that a step adds to it."""
     job.step()  # makes the optimizer's state
-    lying = Tracker(job.device)
-    training.track(job, lying)
+    lying = training.tracked(job)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         job.step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return lying._total() + peak
+    return sum(lying.values()) + peak
 
 
 request = requested.parse(json.load(sys.stdin) | {"device": "cpu"})
-peaks = {}
-for name in request.variants:
-    peaks[name] = peak_of_a_step(training.prepare(request, requested.VARIANTS[name], fake=False))
-print(json.dumps(peaks))
+variants = {name: requested.VARIANTS[name] for name in request.variants}
+real = {name: peak_of_a_step(training.prepare(request, variant, fake=False)) for name, variant in variants.items()}
+plans = {name: planned.plan(request, variant) for name, variant in variants.items()}  # after: it changes torch for good
+peaks = {name: [real[name], plans[name][0]["peak_bytes"]] for name in variants}
+print(json.dumps({"peaks": peaks, "parameters": plans[request.variants[0]][1]}))

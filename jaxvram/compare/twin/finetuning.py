@@ -35,10 +35,14 @@ def fine_tuned(twin: Twin, f: dict, model: dict, device: str, fake: bool) -> Twi
             parameter.data = parameter.data.float()
     twin.model = adapted
     twin.loss = lambda b: adapted(input_ids=b["input_ids"], labels=b["input_ids"]).loss
-    if f["method"] == "adapter" and f["gate"] == "head":
-        adapted_layers = model["n_layer"] - f["first_layer"]
-        twin.extra -= adapted_layers * (model["n_head"] - 1)
-        twin.difference = "; ".join(filter(None, (twin.difference, "ours has a gate a head, peft's adapter one a layer")))
+    if f["method"] == "adapter":
+        L, prompts = model["n_layer"], f["prompt_length"] * model["n_embd"]
+        gates = model["n_head"] if f["gate"] == "head" else 1
+        twin.extra += (L - f["first_layer"]) * (prompts + 1) - L * (prompts + gates)
+        why = [twin.difference] if twin.difference else []
+        why += ["ours has prompts in every layer, used or not"] if f["first_layer"] else []
+        why += ["a gate for each head where peft has one a layer"] if gates > 1 else []
+        twin.difference = "; ".join(why)
     return twin
 
 

@@ -25,8 +25,8 @@ import traceback
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `python -I` leaves it out
 
-import requested  # noqa: E402
-from problems import Refused, TwinError  # noqa: E402
+import requested
+from problems import Refused, TwinError
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d")
 

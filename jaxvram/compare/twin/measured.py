@@ -51,7 +51,8 @@ def _run(job: training.Job, variant) -> dict:
             _wait(job.device)
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else 0
-        owners = _known(job) if variant.compiled else _owners(job)
+        # No tracker looks into a compiled program: of that, what lies there between steps.
+        owners = training.tracked(job) if variant.compiled else _owners(job)
     # A CPU's allocator counts nothing: there the peak is what the tracker saw of true tensors.
     peak = peak or sum(owners.values())
     owners["workspace"] += peak - sum(owners.values())  # and with it what the tracker does not see
@@ -62,15 +63,6 @@ def _owners(job: training.Job) -> dict:
     """Of one more step, under the tracker."""
     tracker = Tracker(job.device, job.rows * job.twin.tokens, job.twin.vocab_size)
     follow(job, tracker)
-    return tracker.owners()
-
-
-def _known(job: training.Job) -> dict:
-    """What lies there between steps: no tracker looks into a compiled program."""
-    tracker = Tracker(job.device)
-    with tracker:
-        training.track(job, tracker)
-        tracker.restart()
     return tracker.owners()
 
 

@@ -74,9 +74,8 @@ def made_in(dtype: str, device: str):
 def _language_model(fields: dict, finetune: dict | None, variant, device: str) -> Twin:
     import transformers
 
-    config, of, difference, extra = {"gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2}[fields["kind"]](
-        transformers, fields
-    )
+    describe = {"gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2}[fields["kind"]]
+    config, of, difference, extra = describe(transformers, fields)
     config.use_cache = False  # else attention copies its keys and values for a sampler that never comes
     config._attn_implementation = "sdpa" if variant.flash else "eager"
     with made_in(fields["param_dtype"], device):
@@ -98,8 +97,8 @@ def _padding(fields: dict) -> tuple[int, str]:
     rows = -(-V // multiple) * multiple
     if rows == V:
         return 0, ""
-    tables = 1 if fields["tie_head"] else 2
-    return -(rows - V) * fields["n_embd"] * tables, f"ours pads the vocabulary of {V} to {rows} rows, a multiple of {multiple}"
+    fewer = (rows - V) * fields["n_embd"] * (1 if fields["tie_head"] else 2)
+    return -fewer, f"ours pads the vocabulary of {V} to {rows} rows, a multiple of {multiple}"
 
 
 def _gpt2(transformers, f: dict):
@@ -152,4 +151,3 @@ def _mamba2(transformers, f: dict):
         **_state_space(f), head_dim=f["head_dim"], num_heads=heads, n_groups=f["n_groups"]
     )
     return config, transformers.Mamba2ForCausalLM, "", 0
-

@@ -15,7 +15,7 @@ def make(fields: dict, parameters: list, variant, device: str, fake: bool):
             raise Refused(f"the recipe's optimizer is {name}: 8-bit AdamW would need more memory, not less")
         if name == "adafactor_momentum":
             raise Refused("torch's Adafactor has no first moment")
-        return torch.optim.Adafactor(parameters, foreach=_foreach(device), **rates)
+        return (_FakeAdafactor if fake else torch.optim.Adafactor)(parameters, **rates)
     if name == "lion":
         return _bitsandbytes("Lion8bit" if variant.eight_bit else "Lion", parameters, rates | betas, device, fake)
     if name not in ("adamw", "adamw_8bit"):
@@ -26,6 +26,19 @@ def make(fields: dict, parameters: list, variant, device: str, fake: bool):
     if variant.fused:
         return torch.optim.AdamW(parameters, fused=True, **rates, **betas)
     return torch.optim.AdamW(parameters, foreach=_foreach(device), **rates, **betas)
+
+
+class _FakeAdafactor(torch.optim.Adafactor):
+    """It reads norms as numbers, which fake tensors have not; no memory hangs on them."""
+
+    def step(self, closure=None):
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        read, FakeTensor.item = FakeTensor.item, lambda self: 1.0
+        try:
+            return super().step(closure)
+        finally:
+            FakeTensor.item = read
 
 
 def _foreach(device: str) -> bool:

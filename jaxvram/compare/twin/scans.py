@@ -16,12 +16,13 @@ class _Loop(torch.autograd.Function):
         T, states = A.shape[2], torch.empty_like(A)
         ctx.save_for_backward(A, states, states.to(dtype) if dtype != states.dtype else states, C)
         ctx.of_u = u.dtype
-        return torch.empty(A.shape[:2] + (T,), dtype=dtype, device=A.device)
+        return torch.empty((*A.shape[:2], T), dtype=dtype, device=A.device)
 
     @staticmethod
     def backward(ctx, gradient):
         A, states, copies, C = ctx.saved_tensors  # all named: recomputed ones would else be gone
-        of_A, of_u, of_C = torch.zeros_like(A), torch.zeros(A.shape, dtype=ctx.of_u, device=A.device), torch.zeros_like(C)
+        of_A, of_C = torch.zeros_like(A), torch.zeros_like(C)
+        of_u = torch.zeros(A.shape, dtype=ctx.of_u, device=A.device)
         torch.zeros_like(A)  # the next token's part of either
         del states, copies
         return of_A, of_u, of_C, None

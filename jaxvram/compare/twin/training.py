@@ -6,6 +6,7 @@ import dataclasses
 import models
 import optimizers
 import torch
+from tracker import Tracker
 
 
 @dataclasses.dataclass
@@ -69,7 +70,7 @@ def prepare(request, variant, fake: bool) -> Job:
     )
 
 
-def track(job: Job, tracker) -> None:
+def track(job: Job, tracker: Tracker) -> None:
     """Tell the tracker whose everything is; the optimizer's state once it is there."""
     parameters = list(job.twin.model.parameters())
     tracker.own("frozen parameters", [p for p in parameters if not p.requires_grad])
@@ -78,3 +79,11 @@ def track(job: Job, tracker) -> None:
     tracker.own("optimizer state", optimizers.state_of(job.optimizer))
     tracker.own("weight average", job.average.copies if job.average else [])
     tracker.own("batch", job.batch.values())
+
+
+def tracked(job: Job) -> dict[str, int]:
+    """Bytes of each owner between two steps."""
+    tracker = Tracker(job.device)
+    track(job, tracker)
+    tracker.restart()
+    return tracker.owners()
