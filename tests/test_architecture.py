@@ -14,7 +14,7 @@ EVERYWHERE = {"errors", "quiet"}  # import nothing of ours
 # From the top down: a module may import what stands on its own floor or below.
 FLOORS = (
     ("main",),
-    ("modes", "host"),
+    ("modes", "host", "compare"),
     ("recipe", "llama_recipe"),  # the edge between configs and dataclasses: reads every section, so it stands above them
     ("train", "vram"),
     ("tasks",),
@@ -82,10 +82,23 @@ def test_the_rule_itself_forbids_what_it_should():
     for importer, imported in (
         ("models.gpt2", "train.step"), ("kernels.attention", "layers.mlp"), ("data.text", "tasks.language"),
         ("train.step", "data.text"), ("tasks.language", "train.loop"), ("layers.mlp", "data.order"),
-        ("train.step", "modes"), ("data.order", "recipe"),
+        ("train.step", "modes"), ("data.order", "recipe"), ("vram.plan", "compare.table"),
     ):  # fmt: skip
         assert not is_allowed(importer, imported), (importer, imported)
     assert is_allowed("tasks.language", "kernels.attention") and is_allowed("modes", "train.loop")
+    assert is_allowed("compare.table", "vram.plan") and is_allowed("main", "compare.table")
+
+
+def test_the_twin_stands_alone():
+    """It runs in a Python that has torch, and may have neither jax nor jaxvram."""
+    twin = [path for path in MODULES if "twin" in path.parts]
+    assert twin
+    for path in twin:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"jax", "jaxlib", "flax", "jaxvram"}, path
+    assert not [p for p in MODULES if p not in twin and any(n.startswith("compare.twin") for n in imports_of(p))]
 
 
 def test_launch_is_the_door_and_configs_read_dataclasses_alone():
