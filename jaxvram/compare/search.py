@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from jaxvram.compare import sides, twin_process
+from jaxvram.compare import pytorch_side, sides
 from jaxvram.errors import UserError
 from jaxvram.vram.cards import Card, size
 
@@ -32,13 +32,13 @@ def search(
         return sides.plan_ours(changed, make_task(changed), card)["peak_bytes"]
 
     found = {sides.OURS: _side(ours, what, card)}
-    for name in twin_process.variants_of(make_task(recipe).model.cfg):
+    for name in pytorch_side.variants_of(make_task(recipe).model.cfg):
 
         def theirs(n, name=name):
             changed = sized(n)
-            request = twin_process.request_of(changed, make_task(changed).model.cfg) | {"variants": [name]}
+            request = pytorch_side.request_of(changed, make_task(changed).model.cfg) | {"variants": [name]}
             progress(f"PyTorch {name}: {what} {n}")
-            side = twin_process.ask(request, python)["variants"][name]
+            side = pytorch_side.ask(request, python)["variants"][name]
             if "refused" in side:
                 raise _Refused(side["refused"])
             return side["peak_bytes"]

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 
-from jaxvram.compare import twin_process
+from jaxvram.compare import pytorch_side
 from jaxvram.vram import plan as planner
 from jaxvram.vram.bill import make_bill
 from jaxvram.vram.cards import Card
@@ -40,7 +40,7 @@ def compare(recipe, task, card: Card, python: str | None = None, progress=lambda
       recipe, variant, card, way, capacity_bytes, usable_bytes, versions, parameters (of the twin), sides: name ->
       peak_bytes and owners, or refused; `jaxvram` is the first.
     """
-    answer = twin_process.ask(twin_process.request_of(recipe, task.model.cfg), python, progress)
+    answer = pytorch_side.ask(pytorch_side.request_of(recipe, task.model.cfg), python, progress)
     progress(f"JAX: compiling the train step for {card.description}")
     return {
         "recipe": recipe.name,

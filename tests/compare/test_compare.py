@@ -8,7 +8,7 @@ import pytest
 from parity import needs_transformers
 
 from jaxvram import modes, recipe
-from jaxvram.compare import picture, search, sides, table, twin_process
+from jaxvram.compare import picture, pytorch_side, search, sides, table
 from jaxvram.errors import UserError
 from jaxvram.main import main
 from jaxvram.vram import cards
@@ -21,7 +21,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def requested():
     """The twin's own reading of requests."""
-    folder = str(twin_process.SCRIPT.parent)
+    folder = str(pytorch_side.SCRIPT.parent)
     sys.path.insert(0, folder)
     yield pytest.importorskip("requested")
     sys.path.remove(folder)
@@ -31,7 +31,7 @@ def requested():
 def test_every_recipe_can_be_asked_for(requested, path):
     built = recipe.build(*recipe.load(str(path)))
     cfg = modes.make_task(built, with_data=False).model.cfg
-    request = json.loads(json.dumps(twin_process.request_of(built, cfg)))
+    request = json.loads(json.dumps(pytorch_side.request_of(built, cfg)))
     parsed = requested.parse(request)
     assert parsed.step.rows == (built.train.microbatch_size or built.train.batch_size)
     assert parsed.step.ema == (built.train.ema_decay > 0) and parsed.model.items() >= {"n_layer": cfg.n_layer}.items()
@@ -93,7 +93,7 @@ def test_a_search_asks_both_sides(monkeypatch, tiny_recipe):
         return {"variants": {name: {"peak_bytes": 3 * GIB * request["step"]["batch_size"]}}}
 
     plan = lambda recipe, task, card: {"peak_bytes": GIB * recipe.train.batch_size}
-    monkeypatch.setattr(twin_process, "ask", ask)
+    monkeypatch.setattr(pytorch_side, "ask", ask)
     monkeypatch.setattr(sides, "plan_ours", plan)
     found = search.search(tiny_recipe(), lambda recipe: modes.make_task(recipe, with_data=False), "batch", RTX4070)
     assert found["sides"][sides.OURS]["largest"] == 10 and found["sides"]["eager"]["largest"] == 3
@@ -129,12 +129,12 @@ def python_that_says(tmp_path, error, status=2):
 )
 def test_what_goes_wrong_on_the_other_side(tmp_path, error, message):
     with pytest.raises(UserError, match=message):
-        twin_process.ask({"way": "planned"}, python_that_says(tmp_path, error))
+        pytorch_side.ask({"way": "planned"}, python_that_says(tmp_path, error))
 
 
 def test_a_python_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"--torch-python=.*/none does not start"):
-        twin_process.ask({"way": "planned"}, str(tmp_path / "none"))
+        pytorch_side.ask({"way": "planned"}, str(tmp_path / "none"))
 
 
 def test_an_unknown_search(capsys):
