@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -144,6 +145,7 @@ def test_an_unknown_search(capsys):
 
 @pytest.mark.slow
 @needs_transformers
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_recipe_from_end_to_end(tmp_path, capsys):
     """A GPT-2 of 1,000 parameters, both sides; the bills add up."""
     config = f"--config={CONFIGS[0].parent / 'nanogpt_shakespeare.py'}:tiny"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from jaxvram.models.mamba2 import Mamba2Config
 HERE = pathlib.Path(__file__).parent
 TWIN = HERE.parents[1] / "jaxvram" / "compare" / "twin"
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+MISSING += [] if shutil.which("g++") else ["g++"]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"without {', '.join(MISSING)}")
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
 BASE = {"vocab_size": 500, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
