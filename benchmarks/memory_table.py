@@ -46,7 +46,7 @@ def compare(recipe: str, torch_python: str | None) -> dict:
 
 def table(records: dict) -> str:
     """The rows of the page: ours, PyTorch as it comes, and its leanest."""
-    from jaxvram.compare.sides import OURS, best_of_torch
+    from jaxvram.compare.sides import OURS, at_once, best_of_torch
     from jaxvram.vram.cards import GIB
 
     lines = [
@@ -56,13 +56,11 @@ def table(records: dict) -> str:
     for recipe, record in records.items():
         peak = lambda name, record=record: record["sides"].get(name, {}).get("peak_bytes")
         ours, eager, best = peak(OURS), peak("eager"), best_of_torch(record)
-        step = record["step"]
-        rows = step["microbatch_size"] or step["batch_size"]
-        shape = f"{rows} x {step['tokens']:,}" if step["tokens"] else f"{rows} images"
         gib = lambda count: "-" if count is None else f"{count / GIB:.2f}"
         ratio = lambda count, ours=ours: "-" if count is None else f"{ours / count:.2f}"
         least = None if best is None else peak(best)
-        cells = [f"`{recipe}`", shape, f"**{gib(ours)}**", gib(eager), gib(least), best or "-", ratio(eager), ratio(least)]
+        cells = [f"`{recipe}`", at_once(record), f"**{gib(ours)}**", gib(eager), gib(least), best or "-"]
+        cells += [ratio(eager), ratio(least)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

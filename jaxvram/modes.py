@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxvram.convert import companions, converter, peft
+from jaxvram.convert import converter, peft
 from jaxvram.convert.packaged import locate
 from jaxvram.errors import UserError, nearest
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
@@ -104,10 +104,21 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if recipe.finetune.method != "none":
         params = merged(task.model, params)
     converter(recipe.model).save(params, task.model.cfg, options.out)
-    if recipe.train.init_from:
-        companions.add(options.out, locate(recipe.train.init_from))
+    _add_companions(recipe.train.init_from, options.out)
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0
+
+
+def _add_companions(weights: str, folder: str) -> None:
+    """Tokenizer and special ids of the weights that a run began from; an export is one without them too."""
+    from jaxvram.convert import companions  # reads GGUF, for which its package is loaded
+
+    if not weights:
+        return
+    if not pathlib.Path(weights := locate(weights)).expanduser().exists():
+        _say(f"train.init_from={weights} is not there any more: the export has neither its tokenizer nor its special ids")
+        return
+    companions.add(folder, weights)
 
 
 def prepare(options) -> int:
@@ -226,10 +237,9 @@ def compare(recipe, workdir: pathlib.Path, options) -> int:
         record = sides.compare(recipe, make(recipe), card, options.torch_python, _say)
         said, drawn, stem = table.text(record), picture.png(record), "compare"
     print(said)
-    workdir.mkdir(parents=True, exist_ok=True)
-    for ending, content in ((".json", json.dumps(record, indent=2).encode()), (".png", drawn)):
-        (workdir / (stem + ending)).write_bytes(content)
-        print(workdir / (stem + ending))
+    contents = {f"{stem}.json": json.dumps(record, indent=2).encode(), f"{stem}.png": drawn}
+    for path in planner.write_files(workdir, contents):
+        print(path)
     return 0
 
 

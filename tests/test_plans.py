@@ -50,6 +50,12 @@ def test_the_train_step_plans_within_the_headers_budget(path, variant):
     assert told(path).get(variant, peak) == pytest.approx(peak, abs=0.02, rel=0.01), f"plans at {peak:.2f} GiB"
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_readme_tells_of_every_recipe(path):
+    """Else what is compared above could be nothing."""
+    assert names(path)[0] in told(path) and set(told(path)) <= set(names(path))
+
+
 # GPT-2 124M, fp32 AdamW: what the kernels are for. (batch, T, remat, unrolled, GiB at the most)
 PROMISES = {
     "8 x 1024": (8, 1024, "full", False, 2.3),

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxvram.compare.sides import OURS, OWNERS
+from jaxvram.compare.sides import OURS, OWNERS, label
 from jaxvram.vram.cards import GIB
 from jaxvram.vram.figures import BAD, COLOURS, GRID, INK, MUTED
 
@@ -28,7 +28,7 @@ def png(record: dict) -> bytes:
     usable = record["usable_bytes"] / GIB
     axes.axvline(usable, color=BAD, linewidth=1.2)
     axes.text(usable, -0.75, f"{record['card']} has {usable:.2f}", ha="center", fontsize=9, color=BAD)
-    axes.set_yticks(range(len(sides)), [name if name == OURS else f"PyTorch {name}" for name in sides], color=INK)
+    axes.set_yticks(range(len(sides)), [label(name) for name in sides], color=INK)
     axes.set_ylim(len(sides) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max(usable, *(side["peak_bytes"] / GIB for side in sides.values())))
     axes.set_xlabel("GiB at the peak of a train step", color=MUTED, fontsize=9)
@@ -56,9 +56,8 @@ def curve(record: dict) -> bytes:
     axes = figure.add_axes((0.1, 0.13, 0.86, 0.75))
     for name, side in record["sides"].items():
         if "points" in side:
-            label = name if name == OURS else f"PyTorch {name}"
             n, peaks = zip(*side["points"], strict=True)
-            largest = f"{label}: {side['largest']:,}"
+            largest = f"{label(name)}: {side['largest']:,}"
             axes.plot(n, [peak / GIB for peak in peaks], marker="o", linewidth=2.4 if name == OURS else 1.2, label=largest)
     usable = record["usable_bytes"] / GIB
     axes.axhline(usable, color=BAD, linewidth=1.2)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 from jaxvram.errors import UserError
 from jaxvram.models import name_of
@@ -54,16 +55,15 @@ def ask(request: dict, python: str | None = None, progress=lambda line: None) ->
     python = python or sys.executable
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONPATH", None)  # that of this environment is not the other's
-    try:
-        process = subprocess.Popen(
-            [python, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--torch-python={python} does not start: {error.strerror}") from error
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile("w+") as asked:  # not a pipe: one who ends without reading would break it
+        json.dump(request, asked)
+        asked.seek(0)
+        try:
+            process = subprocess.Popen([python, str(SCRIPT)], stdin=asked, env=environment, **pipes)
+        except OSError as error:
+            raise UserError(f"--torch-python={python} does not start: {error.strerror}") from error
     with process:
-        process.stdin.write(json.dumps(request))
-        process.stdin.close()
         said = []
         for line in process.stderr:  # the answer comes at the end, and is small: no pipe is filled meanwhile
             said.append(line.strip())

@@ -87,12 +87,11 @@ def text(record: dict) -> str:
         f"{'':30}{record['search']:>10}{'its peak':>14}",
     ]
     for name, side in record["sides"].items():
-        label = name if name == sides.OURS else f"PyTorch {name}"
         if "refused" in side:
-            lines.append(f"{label:30}{'-':>10}{'':14}  {side['refused']}")
+            lines.append(f"{sides.label(name):30}{'-':>10}{'':14}  {side['refused']}")
             continue
         peak = dict(side["points"]).get(side["largest"])
-        lines.append(f"{label:30}{side['largest']:>10,}{size(peak) if peak else 'nothing fits':>14}")
+        lines.append(f"{sides.label(name):30}{side['largest']:>10,}{size(peak) if peak else 'nothing fits':>14}")
     return "\n".join(lines)
 
 

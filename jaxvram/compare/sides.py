@@ -5,9 +5,7 @@ import importlib.metadata
 
 from jaxvram.compare import pytorch_side
 from jaxvram.vram import plan as planner
-from jaxvram.vram.bill import make_bill
 from jaxvram.vram.cards import Card
-from jaxvram.vram.compile import compile_for
 
 OURS = "jaxvram"
 OWNERS = (  # of both sides, in the order of the picture
@@ -15,19 +13,16 @@ OWNERS = (  # of both sides, in the order of the picture
     "logits and loss", "workspace", "batch",
 )  # fmt: skip
 MERGED = {"parameter copies": "workspace", "cache": "workspace", "other": "workspace", "gaps": "workspace"}
-LARGEST = 3  # buffers that are named
 
 
-def plan_ours(recipe, task, card: Card) -> dict:
-    """peak_bytes and owners of the train step on `card`, by XLA's buffers, and its largest own buffers."""
-    train = planner.programs(recipe, task)["train"]
-    compiled = compile_for(card, train.fn, train.args, train.donate_argnums)
-    bill = make_bill(compiled)
+def plan_ours(recipe, task, card: Card, progress=lambda line: None) -> dict:
+    """peak_bytes, owners and the largest buffers of the train step on `card`, as its plan has them."""
+    train = {"train": planner.programs(recipe, task)["train"]}
+    part = planner.make_plan(train, card, progress)["train"]
     owners = dict.fromkeys(OWNERS, 0)
-    for owner, count in bill.owners.items():
+    for owner, count in part["owners"].items():
         owners[MERGED.get(owner, owner)] += count
-    made = [buffer for buffer in bill.largest(64) if buffer["source"] != "argument"][:LARGEST]
-    return {"peak_bytes": compiled.peak_bytes, "owners": owners, "largest": made}
+    return {"peak_bytes": part["peak_bytes"], "owners": owners, "largest": part["largest"]}
 
 
 def compare(recipe, task, card: Card, python: str | None = None, progress=lambda line: None) -> dict:
@@ -37,11 +32,10 @@ def compare(recipe, task, card: Card, python: str | None = None, progress=lambda
       task: of known shapes; needs no data.
       python: an interpreter with PyTorch; None: this one.
     Returns:
-      recipe, variant, card, way, capacity_bytes, usable_bytes, versions, parameters (of the twin), sides: name ->
-      peak_bytes and owners, or refused; `jaxvram` is the first.
+      recipe, variant, card, gpu, way, usable_bytes, versions, parameters (of the twin), step (the recipe's train section,
+      tokens of a sequence), sides: name -> peak_bytes and owners, or refused; `jaxvram` is the first.
     """
     answer = pytorch_side.ask(pytorch_side.request_of(recipe, task.model.cfg), python, progress)
-    progress(f"JAX: compiling the train step for {card.description}")
     return {
         "recipe": recipe.name,
         "variant": recipe.variant,
@@ -52,8 +46,20 @@ def compare(recipe, task, card: Card, python: str | None = None, progress=lambda
         "versions": {"jax": importlib.metadata.version("jax")} | answer["versions"],
         "parameters": answer["parameters"],
         "step": dataclasses.asdict(recipe.train) | {"tokens": getattr(task.model.cfg, "block_size", None)},
-        "sides": {OURS: plan_ours(recipe, task, card)} | answer["variants"],
+        "sides": {OURS: plan_ours(recipe, task, card, progress)} | answer["variants"],
     }
+
+
+def label(side: str) -> str:
+    """A side's name for a reader."""
+    return side if side == OURS else f"PyTorch {side}"
+
+
+def at_once(record: dict) -> str:
+    """What a microbatch holds."""
+    step = record["step"]
+    rows = step["microbatch_size"] or step["batch_size"]
+    return f"{rows} x {step['tokens']}" if step["tokens"] else f"{rows} images"
 
 
 def best_of_torch(record: dict) -> str | None:

@@ -1,6 +1,6 @@
 """A comparison for a terminal: the peaks, then the bill of both sides, owner by owner."""
 
-from jaxvram.compare.sides import OURS, OWNERS, best_of_torch
+from jaxvram.compare.sides import OURS, OWNERS, at_once, best_of_torch, label
 from jaxvram.vram.cards import GIB, size
 
 
@@ -8,23 +8,19 @@ def text(record: dict) -> str:
     """What `sides.compare` found."""
     sides, ours = record["sides"], record["sides"][OURS]
     best = best_of_torch(record)
-    step = record["step"]
-    rows = step["microbatch_size"] or step["batch_size"]
-    shape = f"{rows} x {step['tokens']}" if step["tokens"] else f"{rows} images"
     lines = [
-        f"{record['recipe']}:{record['variant']}, {shape} at a time, one train step, {record['way']} for "
+        f"{record['recipe']}:{record['variant']}, {at_once(record)} at a time, one train step, {record['way']} for "
         f"{record['gpu']} ({size(record['usable_bytes'])} to use)",
         "",
         f"{'':30}{'peak':>12}{'jaxvram is':>13}",
     ]
     for name, side in sides.items():
-        label = name if name == OURS else f"PyTorch {name}"
         if "refused" in side:
-            lines.append(f"{label:30}{'-':>12}{'':13}  {side['refused']}")
+            lines.append(f"{label(name):30}{'-':>12}{'':13}  {side['refused']}")
             continue
         ratio = "" if name == OURS else f"{ours['peak_bytes'] / side['peak_bytes']:.2f} of it"
         fits = "" if side["peak_bytes"] <= record["usable_bytes"] else "  does not fit"
-        lines.append(f"{label:30}{size(side['peak_bytes']):>12}{ratio:>13}{fits}")
+        lines.append(f"{label(name):30}{size(side['peak_bytes']):>12}{ratio:>13}{fits}")
     if best is not None:
         lines += ["", *_bills(ours, sides[best], best)]
     if record["parameters"] and record["parameters"]["difference"]:

@@ -100,14 +100,18 @@ def make_plan(programs: dict[str, Program], card: Card, progress: Callable[[str]
 
 def write(plan: dict, workdir: str | os.PathLike) -> list[pathlib.Path]:
     """plan.json and plan.png in `workdir`, which is made if need be; their paths."""
+    return write_files(workdir, {"plan.json": json.dumps(plan, indent=2).encode(), "plan.png": figures.png(plan)})
+
+
+def write_files(workdir: str | os.PathLike, contents: dict[str, bytes]) -> list[pathlib.Path]:
+    """Files of these names in `workdir`, which is made if need be; their paths."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    paths = [workdir / "plan.json", workdir / "plan.png"]
-    for path, content in zip(paths, (json.dumps(plan, indent=2).encode(), figures.png(plan)), strict=True):
-        half = path.with_suffix(".part")  # a plan that is being read is never half a plan
+    for name, content in contents.items():
+        half = (workdir / name).with_suffix(".part")  # what is being read is never half a file
         half.write_bytes(content)
-        half.replace(path)
-    return paths
+        half.replace(workdir / name)
+    return [workdir / name for name in contents]
 
 
 def text(plan: dict, fit_command: str = "--mode=fit") -> str:

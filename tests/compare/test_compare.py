@@ -1,11 +1,15 @@
 """Our half of a comparison: what PyTorch's is asked, what becomes of its answers, and what fits at the most."""
 
+import io
+import itertools
 import json
 import pathlib
 import shutil
 import sys
 
+import numpy as np
 import pytest
+from matplotlib import image
 from parity import needs_transformers
 
 from jaxvram import modes, recipe
@@ -13,6 +17,7 @@ from jaxvram.compare import picture, pytorch_side, search, sides, table
 from jaxvram.errors import UserError
 from jaxvram.main import main
 from jaxvram.vram import cards
+from jaxvram.vram.figures import COLOURS
 
 CONFIGS = sorted(pathlib.Path(__file__).parents[2].glob("configs/*.py"))
 RTX4070 = cards.find("rtx4070")
@@ -69,7 +74,14 @@ def test_without_an_answer_ours_stands_alone():
 
 
 def test_the_picture_is_as_long_as_the_peaks():
-    assert picture.png(record(eager=16, flash=5)).startswith(b"\x89PNG")
+    """Rows of pixels with as much of the logits' colour as each side has GiB of them: 1, 15 and 4."""
+    pixels = image.imread(io.BytesIO(picture.png(record(eager=16, flash=5))))[..., :3]
+    colour = [int(COLOURS["logits and loss"][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    bars = pixels[:, : int(0.81 * pixels.shape[1])]  # without the legend
+    lengths = (np.abs(bars - colour).max(-1) < 0.01).sum(1)
+    # what is written over a bar, and the card's line, take a few pixels of it
+    ours, eager, flash = (max(rows) for begins, rows in itertools.groupby(lengths, key=bool) if begins)
+    assert eager / ours == pytest.approx(15, rel=0.05) and flash / ours == pytest.approx(4, rel=0.05)
 
 
 @pytest.mark.parametrize("usable", [0, 99, 100, 101, 5_000, 10**9])
@@ -113,9 +125,9 @@ def test_images_have_no_context():
 
 
 def python_that_says(tmp_path, error, status=2):
-    """An interpreter that reads the request and fails."""
+    """An interpreter that fails without reading the request."""
     file = tmp_path / "python"
-    file.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{error}' >&2\nexit {status}\n")
+    file.write_text(f"#!/bin/sh\necho '{error}' >&2\nexit {status}\n")
     file.chmod(0o755)
     return str(file)
 
@@ -126,6 +138,7 @@ def python_that_says(tmp_path, error, status=2):
         ("error: PYTHON has no torch: PYTHON -m pip install torch", r"has no torch.*apart from JAX: .*--torch-python=TORCH"),
         ("error: there is no compiler", r"PyTorch's side: there is no compiler$"),
         ("Segmentation fault", r"PyTorch's side: Segmentation fault$"),
+        ("", r"PyTorch's side: it ended without a word$"),
     ],
 )
 def test_what_goes_wrong_on_the_other_side(tmp_path, error, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import gguf
@@ -59,10 +60,13 @@ def test_what_cannot_be_read(base, tmp_path):
         companions.add(tmp_path / "out", base)
 
 
-def test_export_does_so(base, tmp_path, tiny_recipe, monkeypatch):
+def test_export_does_so(base, tmp_path, tiny_recipe, monkeypatch, capsys):
     recipe = dataclasses.replace(tiny_recipe(**{"train": {"init_from": str(base)}}), model=CFG)
     task = types.SimpleNamespace(model=types.SimpleNamespace(cfg=CFG))
     monkeypatch.setattr(modes, "load_checkpoint", lambda *args, **kwargs: (task, random_params(CFG), 3))
     options = types.SimpleNamespace(out=str(tmp_path / "out"), checkpoint="best", adapter=False)
     assert modes.export(recipe, tmp_path, options) == 0
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    shutil.rmtree(base)
+    assert modes.export(recipe, tmp_path, options) == 0  # weights that are trained need nothing of where they began
+    assert not (tmp_path / "out" / "tokenizer.json").exists() and "is not there any more" in capsys.readouterr().err
