@@ -120,21 +120,33 @@ def loss_and_gradients(task, params, batch, key, microbatches: int = 1, frozen=N
         loss_sum, weight, metrics = task.loss(join(params, frozen), batch, key)
         return loss_sum, (weight, metrics)
 
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
-        (loss_sum, (weight, metrics)), grads = value_and_grad(params, batch, key)
+        (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
     else:
-        # Microbatch j takes the rows j, j + k, ...: with rows spread over devices, each keeps its own.
-        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
-
-        def add(sums, microbatch):  # in fp32: a sum of many in bf16 would be off by per cents
-            batch, key = microbatch
-            return jax.tree.map(jnp.add, sums, value_and_grad(params, batch, key)), None
-
-        xs = jax.tree.map(split, batch), jax.random.split(key, microbatches)
-        of_one = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], xs))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), of_one)
-        ((loss_sum, (weight, metrics)), grads), _ = jax.lax.scan(add, zeros, xs)
+        (loss_sum, (weight, metrics)), grads = _summed_over_microbatches(loss_fn, params, batch, key, microbatches)
     weight = jnp.maximum(weight, 1e-9)  # a batch without any target has no gradient, not a NaN
     grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
     return loss_sum / weight, grads, {name: value / weight for name, value in metrics.items()}
+
+
+def _summed_over_microbatches(loss_fn, params, batch, key, microbatches: int):
+    """What value_and_grad gives, added up in fp32: a sum of many in bf16 would be off by per cents."""
+    # Microbatch j takes the rows j, j + k, ...: with rows spread over devices, each keeps its own.
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+    xs = jax.tree.map(split, batch), jax.random.split(key, microbatches)
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    sums = jax.tree.map(jax.new_ref, zeros(params))
+    # A gradient of the sum's dtype is added layer by layer, where the sum lies, while the backward pass makes it: there is
+    # no second tree of gradients. One in bf16 comes whole and is added then.
+    in_place = jax.tree.map(lambda s, p: s if s.dtype == p.dtype else jax.ad.GradValue(), sums, params)
+
+    def add(values, microbatch):
+        loss_sum, vjp, aux = jax.vjp(lambda params: loss_fn(params, *microbatch), params, has_aux=True)
+        (grads,) = vjp.with_refs(in_place)(jnp.ones_like(loss_sum))
+        is_added = lambda grad: isinstance(grad, jax.ad.GradRef)
+        jax.tree.map(lambda g, s: None if is_added(g) else s.addupdate(g.astype(s.dtype)), grads, sums, is_leaf=is_added)
+        return jax.tree.map(jnp.add, values, (loss_sum, aux)), None
+
+    of_one = jax.eval_shape(loss_fn, params, *jax.tree.map(lambda x: x[0], xs))
+    values, _ = jax.lax.scan(add, zeros(of_one), xs)
+    return values, jax.tree.map(jax.freeze, sums)
