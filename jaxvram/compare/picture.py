@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxvram.compare.sides import OURS, OWNERS, label
+from jaxvram.compare.sides import OWNERS, is_ours, label
 from jaxvram.vram.cards import GIB
 from jaxvram.vram.figures import BAD, COLOURS, GRID, INK, MUTED
 
@@ -58,7 +58,7 @@ def curve(record: dict) -> bytes:
         if "points" in side:
             n, peaks = zip(*side["points"], strict=True)
             largest = f"{label(name)}: {side['largest']:,}"
-            axes.plot(n, [peak / GIB for peak in peaks], marker="o", linewidth=2.4 if name == OURS else 1.2, label=largest)
+            axes.plot(n, [peak / GIB for peak in peaks], marker="o", linewidth=2.4 if is_ours(name) else 1.2, label=largest)
     usable = record["usable_bytes"] / GIB
     axes.axhline(usable, color=BAD, linewidth=1.2)
     axes.text(0.0, usable, f" {record['card']} has {usable:.2f}", va="bottom", fontsize=9, color=BAD)

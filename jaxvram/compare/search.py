@@ -26,12 +26,15 @@ def search(
         raise UserError(f"--search=context: a {recipe.name} has no context; there is --search=batch")
     sized = lambda n: _sized(recipe, what, n)
 
-    def ours(n):
-        progress(f"JAX: {what} {n}")
-        changed = sized(n)
-        return sides.plan_ours(changed, make_task(changed), card)["peak_bytes"]
+    found = {}
+    for name in sides.ours(recipe):
 
-    found = {sides.OURS: _side(ours, what, card)}
+        def ours(n, name=name):
+            progress(f"{name}: {what} {n}")
+            changed = sides.ours(sized(n))[name]
+            return sides.plan_ours(changed, make_task(changed), card)["peak_bytes"]
+
+        found[name] = _side(ours, what, card)
     for name in pytorch_side.variants_of(make_task(recipe).model.cfg):
 
         def theirs(n, name=name):

@@ -45,15 +45,16 @@ def test_every_recipe_can_be_asked_for(requested, path):
         requested.check_variant(parsed, name)  # none is asked for that the model has not
 
 
-def record(**torch_sides):
-    """Two GiB of ours, beside what is given."""
+def record(eight_bit=None, **torch_sides):
+    """Two GiB of ours, or with the optimizer in 8 bits as many as that, beside what is given."""
     side = lambda gib: {"peak_bytes": gib * GIB, "owners": {"parameters": GIB, "logits and loss": (gib - 1) * GIB}}
     theirs = {name: side(x) if isinstance(x, int) else {"refused": x} for name, x in torch_sides.items()}
     return {
         "recipe": "gpt2", "variant": "124m", "card": "rtx4070", "gpu": RTX4070.description, "way": "planned",
         "usable_bytes": RTX4070.usable_bytes, "versions": {"jax": "1", "torch": "2"},
-        "parameters": {"difference": "a row more"}, "step": {"batch_size": 8, "microbatch_size": 4, "tokens": 1024},
-        "sides": {sides.OURS: side(2)} | theirs,
+        "parameters": {"all": 9, "trained": 9, "difference": "a row more", "extra": 2, "ours": {"all": 7, "trained": 7}},
+        "step": {"batch_size": 8, "microbatch_size": 4, "tokens": 1024},
+        "sides": {sides.OURS: side(2)} | ({sides.OURS_8BIT: side(eight_bit)} if eight_bit else {}) | theirs,
     }  # fmt: skip
 
 
@@ -63,8 +64,26 @@ def test_the_table_says_peaks_ratios_and_bills():
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
     assert "0.12 of it  does not fit" in lines["PyTorch eager"] and "0.40 of it" in lines["PyTorch flash"]
     assert lines["PyTorch compile"].endswith("measure it")
-    assert lines["GiB at the peak"].endswith("(flash, its leanest)")
+    assert "(flash, its leanest; " in said
     assert lines["logits and loss"].split()[-2:] == ["1.00", "4.00"] and "workspace" not in lines
+    assert "7 parameters in ours, 9 in PyTorch's: a row more" in said and "nobody knows" not in said
+
+
+def test_each_is_beside_ours_with_the_same_optimizer():
+    both = record(eight_bit=1, **{"flash": 5, "flash+8bit": 4})
+    said = table.text(both)
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert "0.40 of it" in lines["PyTorch flash"] and "0.25 of it" in lines["PyTorch flash+8bit"]
+    assert lines["jaxvram+8bit"].split()[1:] == ["1.00", "GiB"]
+    assert lines["logits and loss"].split()[-2:] == ["0.00", "3.00"]  # the bills of the two leanest
+    best = {eight_bit: sides.best_of_torch(both, eight_bit) for eight_bit in (None, False, True)}
+    assert best == {None: "flash+8bit", False: "flash", True: "flash+8bit"}
+
+
+def test_parameters_that_nobody_can_explain_are_told():
+    odd = record(flash=5)
+    odd["parameters"]["all"] += 1
+    assert sides.unexplained(odd) == 1 and "nobody knows why PyTorch's has +1" in table.text(odd)
 
 
 def test_without_an_answer_ours_stands_alone():

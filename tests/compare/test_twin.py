@@ -37,6 +37,7 @@ SMALL = {  # name -> (our config, fine-tuning)
     "llama": (LLAMA, None),
     "lora on nf4": (LLAMA, dataclasses.replace(LORA, base="nf4")),
     "adapter": (LLAMA, FinetuneConfig(method="adapter", first_layer=1)),
+    "adapter_v2": (LLAMA, FinetuneConfig(method="adapter_v2", gate="head", first_layer=1)),
     "mamba": (MambaConfig(vocab_size=500, block_size=32, n_layer=1, n_embd=64), None),
     "mamba2": (
         Mamba2Config(vocab_size=500, block_size=64, n_layer=1, n_embd=64, head_dim=64, d_state=16, dtype="float32"),
@@ -83,11 +84,11 @@ def our_parameters(cfg, finetune):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves}
 
-    every = sum(sizes(model).values())
-    if finetune is None:
-        return every, every
-    trained = sum(size for path, size in sizes(Adapted(model, finetune)).items() if finetune.trains(path))
-    return every + trained, trained
+    plain = sizes(model)
+    trained = plain
+    if finetune is not None:
+        trained = {path: size for path, size in sizes(Adapted(model, finetune)).items() if finetune.trains(path)}
+    return sum((plain | trained).values()), sum(trained.values())
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
@@ -119,6 +120,8 @@ def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     step |= {"batch_size": 2} if name == "mamba2" else {}
     if name == "gpt2 otherwise":
         variants, step = ["eager", "checkpoint"], {"optimizer": ADAMW | {"name": "adafactor"}}
+    if name == "dit":
+        step = {"optimizer": ADAMW | {"name": "adafactor_momentum"}}
     done = run([HERE / "real_step.py"], request_of(cfg, variants, finetune, **step))
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -170,9 +173,8 @@ def test_measuring_steps_that_run():
 
 
 def test_what_a_model_has_not_is_refused_and_the_rest_answered():
-    adapter_v2 = FinetuneConfig(method="adapter_v2")
-    answer = ask(request_of(LLAMA, ["flash"], adapter_v2))
-    assert answer["variants"]["flash"] == {"refused": "peft has no LLaMA-Adapter v2"}
+    answer = ask(request_of(SMALL["gpt2"][0], ["flash+checkpoint+8bit"], optimizer=ADAMW | {"name": "adafactor"}))
+    assert "8-bit AdamW would need more" in answer["variants"]["flash+checkpoint+8bit"]["refused"]
     cfg = dataclasses.replace(SMALL["mamba"][0], n_layer=1)
     answer = ask(request_of(cfg, ["flash+checkpoint", "eager"]))
     assert answer["variants"]["flash+checkpoint"] == {"refused": "mamba has no attention: see checkpoint"}

@@ -19,8 +19,6 @@ def fine_tuned(twin: Twin, f: dict, model: dict, device: str, fake: bool) -> Twi
     """
     import peft
 
-    if f["method"] == "adapter_v2":
-        raise Refused("peft has no LLaMA-Adapter v2")
     if f["base"] == "nf4":
         _quantise(twin, model["dtype"], device, fake)
     for parameter in twin.model.parameters():
@@ -30,12 +28,14 @@ def fine_tuned(twin: Twin, f: dict, model: dict, device: str, fake: bool) -> Twi
             adapted = peft.get_peft_model(twin.model, _lora(peft, f))
         else:
             adapted = peft.get_peft_model(twin.model, _adapter(peft, f, model))
+        if f["method"] == "adapter_v2":
+            _second_version(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # peft does so for LoRA alone; optimizers want it
             parameter.data = parameter.data.float()
     twin.model = adapted
     twin.loss = lambda b: adapted(input_ids=b["input_ids"], labels=b["input_ids"]).loss
-    if f["method"] == "adapter":
+    if f["method"].startswith("adapter"):
         L, prompts = model["n_layer"], f["prompt_length"] * model["n_embd"]
         gates = model["n_head"] if f["gate"] == "head" else 1
         twin.extra += (L - f["first_layer"]) * (prompts + 1) - L * (prompts + gates)
@@ -44,6 +44,21 @@ def fine_tuned(twin: Twin, f: dict, model: dict, device: str, fake: bool) -> Twi
         why += ["a gate for each head where peft has one a layer"] if gates > 1 else []
         twin.difference = "; ".join(why)
     return twin
+
+
+def _second_version(adapted) -> None:
+    """What LLaMA-Adapter v2 adds, which peft has not: scales and biases of every matrix of a layer, and trained norms."""
+
+    def rescaled(linear, _, y):
+        return linear.adapter_scale.to(y.dtype) * (y + linear.adapter_bias.to(y.dtype))  # in its dtype, as LitGPT does
+
+    for name, module in list(adapted.named_modules()):
+        if name.rpartition(".")[2] in MATRICES:
+            module.adapter_scale = torch.nn.Parameter(torch.ones(module.out_features))
+            module.adapter_bias = torch.nn.Parameter(torch.zeros(module.out_features))
+            module.register_forward_hook(rescaled)
+        elif type(module).__name__.endswith("RMSNorm"):
+            module.weight.requires_grad_(True)
 
 
 def _lora(peft, f: dict):

@@ -7,14 +7,14 @@ EMA_DECAY = 0.9999
 
 
 def make(fields: dict, parameters: list, variant, device: str, fake: bool):
-    """torch's AdamW and Adafactor, bitsandbytes' for 8 bits and for Lion."""
+    """torch's AdamW and Adafactor, transformers' where that has a first moment, bitsandbytes' for 8 bits and for Lion."""
     name, rates = fields["name"], {"lr": fields["learning_rate"]}
     betas = {"betas": (fields.get("b1", 0.9), fields.get("b2", 0.999))}
     if name in ("adafactor", "adafactor_momentum"):
         if variant.eight_bit:
             raise Refused(f"the recipe's optimizer is {name}: 8-bit AdamW would need more memory, not less")
         if name == "adafactor_momentum":
-            raise Refused("torch's Adafactor has no first moment")
+            return _with_first_moment(parameters, rates, fields.get("b1", 0.9))
         return (_FakeAdafactor if fake else torch.optim.Adafactor)(parameters, **rates)
     if name == "lion":
         return _bitsandbytes("Lion8bit" if variant.eight_bit else "Lion", parameters, rates | betas, device, fake)
@@ -26,6 +26,13 @@ def make(fields: dict, parameters: list, variant, device: str, fake: bool):
     if variant.fused:
         return torch.optim.AdamW(parameters, fused=True, **rates, **betas)
     return torch.optim.AdamW(parameters, foreach=_foreach(device), **rates, **betas)
+
+
+def _with_first_moment(parameters: list, rates: dict, b1: float):
+    """transformers' Adafactor, since torch's has no first moment; its is in fp32, ours in bf16."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, beta1=b1, scale_parameter=False, relative_step=False, **rates)
 
 
 class _FakeAdafactor(torch.optim.Adafactor):
