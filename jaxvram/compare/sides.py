@@ -36,17 +36,23 @@ def compare(recipe, task, card: Card, python: str | None = None, progress=lambda
       tokens of a sequence), sides: name -> peak_bytes and owners, or refused; `jaxvram` is the first.
     """
     answer = pytorch_side.ask(pytorch_side.request_of(recipe, task.model.cfg), python, progress)
-    return {
-        "recipe": recipe.name,
-        "variant": recipe.variant,
+    return about(recipe, task, answer) | {
         "card": card.name,
         "gpu": card.description,
         "way": "planned",
         "usable_bytes": card.usable_bytes,
+        "sides": {OURS: plan_ours(recipe, task, card, progress)} | answer["variants"],
+    }
+
+
+def about(recipe, task, answer: dict) -> dict:
+    """What a record says whatever its way: the recipe, its step, and the twin's versions and parameters."""
+    return {
+        "recipe": recipe.name,
+        "variant": recipe.variant,
         "versions": {"jax": importlib.metadata.version("jax")} | answer["versions"],
         "parameters": answer["parameters"],
         "step": dataclasses.asdict(recipe.train) | {"tokens": getattr(task.model.cfg, "block_size", None)},
-        "sides": {OURS: plan_ours(recipe, task, card, progress)} | answer["variants"],
     }
 
 
