@@ -154,7 +154,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number("num_processes", None, "Several hosts: how many.")
     number("process_id", None, "Several hosts: which one this is.")
     try:
-        rest = values(argv, known_only=True)
+        rest = values([_underscored(argument) for argument in argv], known_only=True)
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     for name, valid in (("mode", MODES), ("checkpoint", ("best", "latest")), ("search", ("batch", "context"))):
@@ -165,6 +165,14 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     if values.measure and values.card:
         raise UserError(f"--measure takes the GPU that is here: leave out --card={values.card}, or --measure to plan for it")
     return values, rest
+
+
+def _underscored(argument: str) -> str:
+    """--torch-python as well as --torch_python, which is all that absl knows; the recipe's fields stay as they are."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or name.startswith("--config"):
+        return argument
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _connect(options) -> None:

@@ -25,7 +25,7 @@ TIMES = ("seconds_per_step", "refused")  # of PyTorch's answer on a CPU: the res
 def on_gpu() -> bool:
     """Whether there is a GPU to measure on, and the environment does not keep JAX or CUDA from it."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    return gpu_visible() and _gpu() not in ("", "-1") and (not platforms or "cuda" in platforms or "gpu" in platforms)
+    return gpu_visible() and visible_gpu() not in ("", "-1") and (not platforms or "cuda" in platforms or "gpu" in platforms)
 
 
 def compare(recipe, task, python: str | None = None, progress=lambda line: None) -> dict:
@@ -46,7 +46,7 @@ def compare(recipe, task, python: str | None = None, progress=lambda line: None)
     protocol = {"way": "measured", "device": "cuda" if gpu else "cpu", "warm_up": WARM_UP, "timed": STEPS}
     request = pytorch_side.request_of(recipe, recipe.model) | protocol
     # The first card alone, by the number that nvidia-smi gives it too.
-    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": _gpu()} if gpu else {}
+    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible_gpu()} if gpu else {}
     ask_torch = lambda variants: pytorch_side.ask(request | {"variants": variants}, python, progress, **environment)
     ask_torch(())  # what is wrong there is told in seconds, not after minutes of ours
     ours, seen = _ask_ours(recipe, protocol, environment, progress)
@@ -69,16 +69,16 @@ def compare(recipe, task, python: str | None = None, progress=lambda line: None)
     return record
 
 
-def _gpu() -> str:
+def visible_gpu() -> str:
     """The card that CUDA shows first: its number, or its UUID."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def _ask_ours(recipe, protocol: dict, environment: dict, progress):
     """(our side's answer, what nvidia-smi said before it began)."""
-    seen = nvidia_smi.look(_gpu()) if environment else None
-    used_bytes = seen.used_bytes if seen else None
-    request = protocol | {"kind": name_of(recipe.model), "recipe": recipe.as_dict(), "gpu": _gpu(), "used_bytes": used_bytes}
+    seen = nvidia_smi.look(visible_gpu()) if environment else None
+    request = protocol | {"kind": name_of(recipe.model), "recipe": recipe.as_dict(), "gpu": visible_gpu()}
+    request["used_bytes"] = seen.used_bytes if seen else None
     paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
     environment = os.environ | environment | {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     environment.pop("XLA_PYTHON_CLIENT_ALLOCATOR", None)  # of JAX's allocators only the default one counts

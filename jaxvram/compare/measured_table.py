@@ -25,13 +25,13 @@ def text(record: dict) -> str:
 def _rows(record: dict) -> list[str]:
     ours, with_peaks = record["sides"][OURS], "usable_bytes" in record
     head = f"{'peak':>12}{'jaxvram is':>13}" if with_peaks else ""
-    lines = [f"{'':30}{head}{'ms a step':>12}{record['unit'] + '/s':>14}{'jaxvram is':>16}"]
+    lines = [f"{'':30}{head}{'ms a step':>12}{record['unit'] + '/s':>14}{'jaxvram is':>18}"]
     for name, side in record["sides"].items():
         if "refused" in side:
             lines.append(f"{label(name):30}{'-':>12}  {side['refused']}")
             continue
         ratio = f"{ours['per_second'] / side['per_second']:.2f} x as fast" if name != OURS else ""
-        row = f"{side['seconds_per_step'] * 1e3:12,.1f}{side['per_second']:14,.0f}{ratio:>16}"
+        row = f"{side['seconds_per_step'] * 1e3:12,.1f}{side['per_second']:14,.0f}{ratio:>18}"
         if with_peaks:
             of_it = f"{ours['peak_bytes'] / side['peak_bytes']:.2f} of it" if name != OURS else ""
             row = f"{size(side['peak_bytes']):>12}{of_it:>13}{row}"
@@ -46,9 +46,9 @@ def _about_memory(record: dict) -> list[str]:
         lines = [f"the plan for this card says {size(record['planned_bytes'])} for jaxvram: {error}"]
     else:
         lines = [f"no plan to compare with: {record['planned_refused']}"]
-    marks = f"after compiling {size(peaks['compile'])}, after init {size(peaks['init'])}, after the steps {size(peaks['steps'])}"
+    marks = f"compiling {size(peaks['compile'])}, init {size(peaks['init'])}, the steps {size(peaks['steps'])}"
     whose = "the last is the steps' own" if is_of_steps(ours) else "so the steps need that at most"
-    lines.append(f"jaxvram's highest marks since its process began: {marks}; {whose}")
+    lines.append(f"jaxvram's highest marks since its process began, after {marks}; {whose}")
     if ours["outside_bytes"] is not None:
         reserved = size(record["capacity_bytes"] - record["usable_bytes"])
         held = f"outside its allocator it holds {size(ours['outside_bytes'])} (CUDA's context, libraries, kernels)"

@@ -70,5 +70,14 @@ def at_once(record: dict) -> str:
 
 def best_of_torch(record: dict) -> str | None:
     """The leanest PyTorch variant; None: there is none."""
-    peaks = {name: side["peak_bytes"] for name, side in record["sides"].items() if name != OURS and "peak_bytes" in side}
-    return min(peaks, key=peaks.get) if peaks else None
+    return _least(record, "peak_bytes")
+
+
+def fastest_of_torch(record: dict) -> str | None:
+    """Likewise, of what was measured."""
+    return _least(record, "seconds_per_step")
+
+
+def _least(record: dict, figure: str) -> str | None:
+    figures = {name: side[figure] for name, side in record["sides"].items() if name != OURS and figure in side}
+    return min(figures, key=figures.get) if figures else None
