@@ -48,4 +48,3 @@ def _why(said: list[str], status: int) -> str:
     if status < 0:
         return f"it was ended by signal {-status}" + (" (the machine's memory was full?)" if status == -9 else "")
     return last_word(said) or "it ended without a word"
-
