@@ -33,14 +33,18 @@ def recipes() -> list[str]:
     return found
 
 
+def command(recipe: str, folder: str, torch_python: str | None, *options: str) -> list[str]:
+    """`--mode=compare` of a recipe, whose files go into `folder`."""
+    name, _, variant = recipe.partition(":")
+    words = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT / 'configs' / name}.py:{variant}"]
+    words += ["--mode=compare", f"--workdir={folder}", *options]
+    return words + ([f"--torch-python={torch_python}"] if torch_python else [])
+
+
 def compare(recipe: str, torch_python: str | None) -> dict:
     """The record of `--mode=compare`, in a process of its own."""
-    name, _, variant = recipe.partition(":")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT / 'configs' / name}.py:{variant}"]
-        command += ["--mode=compare", f"--card={CARD}", f"--workdir={folder}"]
-        command += [f"--torch-python={torch_python}"] if torch_python else []
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(recipe, folder, torch_python, f"--card={CARD}"), check=True, stdout=subprocess.DEVNULL)
         return json.loads((pathlib.Path(folder) / "compare.json").read_text())
 
 

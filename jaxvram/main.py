@@ -22,7 +22,8 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
   --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
-                  --search=batch|context: the largest that fits, of both
+                  --search=batch|context: the largest that fits, of both; --measure: both run on this machine instead,
+                  memory and time on its GPU, time alone without one
   --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR), or a folder of images to latents
@@ -68,6 +69,9 @@ def _run(argv: list[str]) -> int:
     host.keep_compiled_programs()
     from jaxvram.vram.compile import gpu_visible
 
+    measuring = options.mode == "compare" and options.measure
+    if measuring:  # the card belongs to the processes of the two sides
+        jax.config.update("jax_platforms", "cpu")
     if options.card == "list":
         from jaxvram.vram import cards
 
@@ -93,7 +97,12 @@ def _run(argv: list[str]) -> int:
     from jaxvram import recipe
 
     planning = options.mode in ("plan", "fit", "compare")
-    config, name, variant = recipe.load(recipe_file, for_card=planning and options.card is not None)
+    for_card = planning and options.card is not None
+    if measuring:
+        from jaxvram.compare.measured import on_gpu
+
+        for_card = on_gpu()
+    config, name, variant = recipe.load(recipe_file, for_card=for_card)
     if (asked := recipe_file.partition(":")[2]) in ("", "auto"):
         file = recipe_file.partition(":")[0]
         if jax.process_index() == 0:
@@ -138,18 +147,32 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")
     text("torch_python", None, "For compare: another Python, which has PyTorch; default: this one.")
+    about = "For compare: measure both sides on this machine, on its GPU if it has one, instead of planning them."
+    flags.DEFINE_boolean("measure", False, about, flag_values=values)
     text("search", None, "For compare: batch or context, of which the largest that fits is looked for.")
     text("coordinator", None, "Several hosts: address:port of process 0, or `auto` under SLURM and Kubernetes.")
     number("num_processes", None, "Several hosts: how many.")
     number("process_id", None, "Several hosts: which one this is.")
     try:
-        rest = values(argv, known_only=True)
+        rest = values([_underscored(argument) for argument in argv], known_only=True)
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     for name, valid in (("mode", MODES), ("checkpoint", ("best", "latest")), ("search", ("batch", "context"))):
         if values[name].value is not None and values[name].value not in valid:
             raise UserError(f"--{name}={values[name].value} is unknown{nearest(values[name].value, valid)}")
+    if values.measure and values.search:
+        raise UserError("--measure and --search: what fits at the most is looked for in plans; give one of the two")
+    if values.measure and values.card:
+        raise UserError(f"--measure takes the GPU that is here: leave out --card={values.card}, or --measure to plan for it")
     return values, rest
+
+
+def _underscored(argument: str) -> str:
+    """--torch-python as well as --torch_python, which is all that absl knows; the recipe's fields stay as they are."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or name.startswith("--config"):
+        return argument
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _connect(options) -> None:

@@ -224,20 +224,25 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
 
 
 def compare(recipe, workdir: pathlib.Path, options) -> int:
-    """A train step's memory beside PyTorch's; with --search, what fits at the most. compare*.json and .png."""
-    from jaxvram.compare import picture, search, sides, table
+    """A train step beside PyTorch's: its memory planned, or both measured; or what fits at the most. compare*.json, .png."""
+    from jaxvram.compare import measured, measured_table, picture, search, sides, table
     from jaxvram.vram import plan as planner
 
-    card = planner.choose_card(options.card)
     make = lambda recipe: make_task(recipe, with_data=False)
-    if options.search:
-        record = search.search(recipe, make, options.search, card, options.torch_python, _say)
-        said, drawn, stem = search.text(record), picture.curve(record), f"compare_{options.search}"
+    python = options.torch_python
+    if options.measure:
+        record = measured.compare(recipe, make(recipe), python, _say)
+        said, stem = measured_table.text(record), "compare_measured"
+        draw = picture.png if "usable_bytes" in record else None  # of a CPU there are no peaks to draw
+    elif options.search:
+        record = search.search(recipe, make, options.search, planner.choose_card(options.card), python, _say)
+        said, draw, stem = search.text(record), picture.curve, f"compare_{options.search}"
     else:
-        record = sides.compare(recipe, make(recipe), card, options.torch_python, _say)
-        said, drawn, stem = table.text(record), picture.png(record), "compare"
+        record = sides.compare(recipe, make(recipe), planner.choose_card(options.card), python, _say)
+        said, draw, stem = table.text(record), picture.png, "compare"
     print(said)
-    contents = {f"{stem}.json": json.dumps(record, indent=2).encode(), f"{stem}.png": drawn}
+    contents = {f"{stem}.json": json.dumps(record, indent=2).encode()}
+    contents |= {f"{stem}.png": draw(record)} if draw else {}
     for path in planner.write_files(workdir, contents):
         print(path)
     return 0

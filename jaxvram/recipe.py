@@ -105,15 +105,17 @@ def build(config: ConfigDict, name: str, variant: str) -> Recipe:
     Raises:
       UserError: a field is unknown (with the nearest valid name) or has the wrong type.
     """
-    sections, kind = {}, config.model.name
+    values, kind = config.to_dict(), config.model.name
     if kind not in MODELS:
         raise UserError(f"model.name={kind!r} is unknown{nearest(str(kind), MODELS)}")
-    for section, cls in sections_of(kind).items():
-        values = config[section].to_dict()
-        if section == "model":
-            values.pop("name")
-        sections[section] = _from_config(cls, values, section)
-    return Recipe(name=name, variant=variant, **sections)
+    del values["model"]["name"]
+    return of_sections(values | {"name": name, "variant": variant}, kind)
+
+
+def of_sections(values: Mapping, kind: str) -> Recipe:
+    """The recipe of what `Recipe.as_dict` gave, also after a journey through JSON. `kind`: of its model."""
+    sections = {name: _from_config(cls, values[name], name) for name, cls in sections_of(kind).items()}
+    return Recipe(name=values["name"], variant=values["variant"], **sections)
 
 
 def _to_config(value):

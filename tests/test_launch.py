@@ -67,6 +67,7 @@ def fails(capsys, *arguments):
         ([SORT, "--wrokdir=x"], "'--wrokdir=x' is no flag"),
         ([SORT, "steps=3"], "'steps=3' is no flag"),
         ([SORT, "--num_processes=two"], "num_processes.*two"),
+        ([SORT, "--num-processes=two"], "num_processes.*two"),
         ([SORT, "--coordinator=localhost:1"], "needs --num_processes and --process_id"),
         ([SORT, "--config.model.n_head=5"], "n_embd=48 is not a multiple of model.n_head=5"),
         ([SORT, "--config.model.activation=relu6"], "model.activation='relu6' is unknown"),

@@ -41,17 +41,23 @@ def compare(recipe, task, card: Card, python: str | None = None, progress=lambda
       of ours, the largest buffers; or refused. `jaxvram` is the first, and `jaxvram+8bit` next where PyTorch's has 8 bits.
     """
     answer = pytorch_side.ask(pytorch_side.request_of(recipe, task.model.cfg), python, progress)
-    return {
-        "recipe": recipe.name,
-        "variant": recipe.variant,
+    return about(recipe, task, answer) | {
         "card": card.name,
         "gpu": card.description,
         "way": "planned",
         "usable_bytes": card.usable_bytes,
+        "sides": {name: plan_ours(of, task, card, progress) for name, of in ours(recipe).items()} | answer["variants"],
+    }
+
+
+def about(recipe, task, answer: dict) -> dict:
+    """What a record says whatever its way: the recipe, its step, and the twin's versions and parameters."""
+    return {
+        "recipe": recipe.name,
+        "variant": recipe.variant,
         "versions": {"jax": importlib.metadata.version("jax")} | answer["versions"],
         "parameters": answer["parameters"] and answer["parameters"] | {"ours": parameters(recipe, task)},
         "step": dataclasses.asdict(recipe.train) | {"tokens": getattr(task.model.cfg, "block_size", None)},
-        "sides": {name: plan_ours(of, task, card, progress) for name, of in ours(recipe).items()} | answer["variants"],
     }
 
 
@@ -106,6 +112,15 @@ def best_of_torch(record: dict, eight_bit: bool | None = None) -> str | None:
     Args:
       eight_bit: only of those whose optimizer's state is in 8 bits, or is not; None: of all.
     """
-    wanted = lambda name: not is_ours(name) and eight_bit in (None, name.endswith("8bit"))
-    peaks = {name: side["peak_bytes"] for name, side in record["sides"].items() if wanted(name) and "peak_bytes" in side}
-    return min(peaks, key=peaks.get) if peaks else None
+    return _least(record, "peak_bytes", lambda name: eight_bit in (None, name.endswith("8bit")))
+
+
+def fastest_of_torch(record: dict) -> str | None:
+    """Likewise, of what was measured."""
+    return _least(record, "seconds_per_step")
+
+
+def _least(record: dict, figure: str, is_wanted=lambda name: True) -> str | None:
+    wanted = lambda name: not is_ours(name) and is_wanted(name)
+    figures = {name: side[figure] for name, side in record["sides"].items() if wanted(name) and figure in side}
+    return min(figures, key=figures.get) if figures else None

@@ -189,6 +189,7 @@ def test_errors_are_one_line_that_helps(tmp_path):
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),
+        (gpt2 | {"timed": 0}, ("warm_up and timed must be at least 1",), {}),
         (gpt2 | {"way": "measured"}, ("needs a GPU",), {"CUDA_VISIBLE_DEVICES": ""}),
         (gpt2, ("apt-get install g++", "CXX"), {"CXX": "no-such-compiler", "JAXVRAM_CACHE": str(tmp_path)}),
     ):

@@ -7,6 +7,7 @@ Request:
   step        batch_size, microbatch_size (0: the whole), optimizer {name, learning_rate, b1, b2, eps, clip_norm}, ema
   variants    names of requested.py's VARIANTS
   device      cuda, unless it is given as cpu: a plan without the shim, a measurement whose peak is what was tracked
+  warm_up, timed   measured: steps before, and steps of which the median time is told; 3 and 10 unless they are given
 Answer:
   versions, device
   parameters  all, trained, difference (why ours are not as many; else empty), extra (theirs less ours)

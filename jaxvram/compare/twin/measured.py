@@ -11,8 +11,6 @@ from planned import follow
 from problems import Refused, TwinError
 from tracker import Tracker
 
-WARM_UP, STEPS = 3, 10
-
 
 def check(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
@@ -29,7 +27,7 @@ def measure(request, variant) -> tuple[dict, dict]:
         job = training.prepare(request, variant, fake=False)
         if variant.compiled:
             job.twin.model.compile()
-        return _run(job, variant), job.twin.counts()
+        return _run(job, request, variant), job.twin.counts()
     except torch.OutOfMemoryError as error:
         raise Refused(f"out of memory: {str(error).splitlines()[0]}") from error
     finally:
@@ -37,15 +35,15 @@ def measure(request, variant) -> tuple[dict, dict]:
         _empty(request.device)
 
 
-def _run(job: training.Job, variant) -> dict:
+def _run(job: training.Job, request, variant) -> dict:
     with _kernels(variant):
-        for _ in range(WARM_UP):
+        for _ in range(request.warm_up):
             job.step()
         _wait(job.device)
         if job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = []
-        for _ in range(STEPS):
+        for _ in range(request.timed):
             start = time.perf_counter()
             job.step()
             _wait(job.device)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from requested import NO_FLASH
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ def _language_model(fields: dict, finetune: dict | None, variant, device: str) -
     describe = {"gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2}[fields["kind"]]
     config, of, difference, extra = describe(transformers, fields)
     config.use_cache = False  # else attention copies its keys and values for a sampler that never comes
-    config._attn_implementation = "sdpa" if variant.flash else "eager"
+    config._attn_implementation = "sdpa" if variant.flash and fields["kind"] not in NO_FLASH else "eager"
     with made_in(fields["param_dtype"], device):
         model = of(config)
     extra_rows, why = _padding(fields)

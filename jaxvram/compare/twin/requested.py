@@ -1,6 +1,7 @@
 """The request: what must be in it, and which variants there are."""
 
 import dataclasses
+import os
 
 from problems import Refused, TwinError
 
@@ -53,13 +54,15 @@ class Request:
     finetune: dict | None
     step: Step
     variants: tuple[str, ...]
+    warm_up: int
+    timed: int
 
 
 def parse(raw) -> Request:
     """Raises TwinError with a line that names what is wrong and what would be right."""
     if not isinstance(raw, dict):
         raise TwinError("the request must be a JSON object")
-    raw = {"device": "cuda", "finetune": None} | raw
+    raw = {"device": "cuda", "finetune": None, "warm_up": 3, "timed": 10} | raw
     if missing := {"way", "model", "step", "variants"} - raw.keys():
         raise TwinError(f"the request lacks {', '.join(sorted(missing))}")
     _one_of("way", raw["way"], WAYS)
@@ -73,6 +76,8 @@ def parse(raw) -> Request:
     step = Step(**raw["step"])
     if step.batch_size < 1 or step.batch_size % step.rows:
         raise TwinError(f"step.microbatch_size={step.microbatch_size} does not divide batch_size={step.batch_size}")
+    if min(raw["warm_up"], raw["timed"]) < 1:
+        raise TwinError("warm_up and timed must be at least 1: the first step makes the optimizer's state")
     if "name" not in step.optimizer:
         raise TwinError("step.optimizer has no name")
     finetune = raw["finetune"]
@@ -80,7 +85,8 @@ def parse(raw) -> Request:
         finetune = None  # every parameter is trained
     if finetune and raw["model"]["kind"] != "llama":
         raise TwinError(f"finetune is for model.kind=llama, and here it is {raw['model']['kind']}")
-    return Request(raw["way"], raw["device"], raw["model"], finetune, step, tuple(raw["variants"]))
+    names = ("way", "device", "model", "warm_up", "timed")
+    return Request(finetune=finetune, step=step, variants=tuple(raw["variants"]), **{name: raw[name] for name in names})
 
 
 def check_variant(request: Request, name: str) -> None:
@@ -90,6 +96,8 @@ def check_variant(request: Request, name: str) -> None:
         raise Refused(f"{kind} has no attention: see {NO_FLASH[kind][name]}")
     if name == "compile" and request.way == "planned":
         raise Refused("what torch.compile keeps is known only to its compiler, which needs the card: measure it")
+    if name == "compile" and os.environ.get("TORCHDYNAMO_DISABLE", "0") != "0":
+        raise Refused("TORCHDYNAMO_DISABLE is set, with which torch.compile does nothing")
 
 
 def _one_of(field: str, value, valid) -> None:
