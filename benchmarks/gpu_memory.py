@@ -118,7 +118,7 @@ def table(records: dict[str, dict]) -> str:
             cells += [gib(ours["outside_bytes"]), gib(reserve(record)["follows"])]
         else:
             cells += ["-", gib(ours["outside_bytes"]), "-"]
-        if best := best_of_torch(record):
+        if best := best_of_torch(record, eight_bit=False):  # the recipe's own optimizer on both sides
             leanest, fastest = sides[best]["peak_bytes"], sides[fastest_of_torch(record)]["per_second"]
             cells += [f"{gib(leanest)} ({best})", f"{ours['peak_bytes'] / leanest:.2f}"]
             cells += [f"{ours['per_second']:,.0f} {record['unit']}", f"{ours['per_second'] / fastest:.2f}"]

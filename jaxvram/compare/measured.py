@@ -49,7 +49,11 @@ def compare(recipe, task, python: str | None = None, progress=lambda line: None)
     environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible_gpu()} if gpu else {}
     ask_torch = lambda variants: pytorch_side.ask(request | {"variants": variants}, python, progress, **environment)
     ask_torch(())  # what is wrong there is told in seconds, not after minutes of ours
-    ours, seen = _ask_ours(recipe, protocol, environment, progress)
+    seen = nvidia_smi.look(visible_gpu()) if gpu else None
+    ours = {
+        name: _ask_ours(of, protocol, environment, seen, lambda line, name=name: progress(f"{name}: {line}"))
+        for name, of in sides.ours(recipe).items()
+    }
     answer = ask_torch(pytorch_side.variants_of(recipe.model, "measured"))
     record = sides.about(recipe, task, answer) | {
         "way": "measured",
@@ -57,8 +61,9 @@ def compare(recipe, task, python: str | None = None, progress=lambda line: None)
         "steps": {"warm_up": WARM_UP, "timed": STEPS},
         "unit": task.unit,
     }
-    record |= _card(recipe, task, ours, progress)
-    record["sides"] = {sides.OURS: ours} | answer["variants"]
+    found = [side.pop("card", None) for side in ours.values()]
+    record |= _card(recipe, task, found[0], progress)
+    record["sides"] = ours | answer["variants"]
     if not gpu:
         kept = lambda side: {name: side[name] for name in TIMES if name in side}
         record["sides"] = {name: kept(side) for name, side in record["sides"].items()}
@@ -74,9 +79,8 @@ def visible_gpu() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
-def _ask_ours(recipe, protocol: dict, environment: dict, progress):
-    """(our side's answer, what nvidia-smi said before it began)."""
-    seen = nvidia_smi.look(visible_gpu()) if environment else None
+def _ask_ours(recipe, protocol: dict, environment: dict, seen, progress) -> dict:
+    """Our side's answer; `seen` is what nvidia-smi said before anything ran."""
     request = protocol | {"kind": name_of(recipe.model), "recipe": recipe.as_dict(), "gpu": visible_gpu()}
     request["used_bytes"] = seen.used_bytes if seen else None
     paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
@@ -85,16 +89,15 @@ def _ask_ours(recipe, protocol: dict, environment: dict, progress):
     if protocol["device"] == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
     try:
-        return child.ask([*OUR_SIDE], request, environment, lambda line: progress(f"JAX: {line}")), seen
+        return child.ask([*OUR_SIDE], request, environment, progress)
     except child.ChildError as error:
         raise UserError(f"jaxvram's side: {error}") from error
 
 
-def _card(recipe, task, ours: dict, progress) -> dict:
-    """What was measured on, and what our plan said for it."""
-    if "card" not in ours:
+def _card(recipe, task, fields: dict | None, progress) -> dict:
+    """What was measured on, and what our plan said for it; `fields` are a Card's, None: a CPU."""
+    if fields is None:
         return {"card": "cpu", "gpu": f"the CPU of this machine ({os.cpu_count()} cores, {platform.machine()})"}
-    fields = ours.pop("card")
     card = cards.Card(**fields | {"compute_capability": tuple(fields["compute_capability"])})
     found = {
         "card": card.name,

@@ -1,6 +1,6 @@
 """A measured comparison for a terminal: peaks and speeds, and beside them what our plan had said."""
 
-from jaxvram.compare.sides import OURS, at_once, label
+from jaxvram.compare.sides import OURS, at_once, is_ours, label, like
 from jaxvram.vram.cards import size
 
 
@@ -23,17 +23,18 @@ def text(record: dict) -> str:
 
 
 def _rows(record: dict) -> list[str]:
-    ours, with_peaks = record["sides"][OURS], "usable_bytes" in record
+    with_peaks = "usable_bytes" in record
     head = f"{'peak':>12}{'jaxvram is':>13}" if with_peaks else ""
     lines = [f"{'':30}{head}{'ms a step':>12}{record['unit'] + '/s':>14}{'jaxvram is':>18}"]
     for name, side in record["sides"].items():
         if "refused" in side:
             lines.append(f"{label(name):30}{'-':>12}  {side['refused']}")
             continue
-        ratio = f"{ours['per_second'] / side['per_second']:.2f} x as fast" if name != OURS else ""
+        ours = like(record, name)
+        ratio = f"{ours['per_second'] / side['per_second']:.2f} x as fast" if not is_ours(name) else ""
         row = f"{side['seconds_per_step'] * 1e3:12,.1f}{side['per_second']:14,.0f}{ratio:>18}"
         if with_peaks:
-            of_it = f"{ours['peak_bytes'] / side['peak_bytes']:.2f} of it" if name != OURS else ""
+            of_it = f"{ours['peak_bytes'] / side['peak_bytes']:.2f} of it" if not is_ours(name) else ""
             row = f"{size(side['peak_bytes']):>12}{of_it:>13}{row}"
         lines.append(f"{label(name):30}{row}".rstrip())
     return lines

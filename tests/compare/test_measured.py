@@ -64,7 +64,7 @@ def test_a_cpu_tells_time_alone(on_the_cpu):
     assert not (folder / "compare_measured.png").exists()
     refused = record["sides"].pop("compile")
     assert "TORCHDYNAMO_DISABLE" in refused["refused"]
-    assert list(record["sides"]) == [sides.OURS, *pytorch_side.VARIANTS]
+    assert list(record["sides"]) == [sides.OURS, sides.OURS_8BIT, *pytorch_side.VARIANTS]
     for side in record["sides"].values():
         assert side["per_second"] == pytest.approx(4 * 64 / side["seconds_per_step"])
         assert 0 < side["seconds_per_step"] < 60
@@ -132,9 +132,9 @@ def test_on_a_card_both_sides_tell_memory_and_time(fake_card, tmp_path, capsys):
     assert ours["owners"]["parameters"] == 4 * numbers
     assert ours["owners"]["optimizer state"] == pytest.approx(8 * numbers, rel=0.01)
     assert record["sides"]["eager"]["per_second"] == 4 * 64 / 8.0
-    # PyTorch's errors come first, then ours alone on the card, then PyTorch.
+    # PyTorch's errors come first, then ours, each alone on the card, then PyTorch.
     log = (tmp_path / "log").read_text().split("\n")
-    assert log == ["torch 0", "smi", "jaxvram", "smi", "torch 5", ""]
+    assert log == ["torch 0", "smi", "jaxvram", "smi", "jaxvram", "smi", "torch 5", ""]
     said = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
     assert "measured on NVIDIA GeForce RTX 4070, driver 550.54.14" in said and "planned" not in said
