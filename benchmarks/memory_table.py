@@ -21,7 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
+from jaxvram.compare.pytorch_side import TWINS  # noqa: E402
 from jaxvram.compare.sides import OURS, OURS_8BIT, at_once, best_of_torch, is_ours, label, like, unexplained  # noqa: E402
+from jaxvram.models import name_of  # noqa: E402
+from jaxvram.recipe import build, load  # noqa: E402
 from jaxvram.vram.cards import GIB  # noqa: E402
 
 CARD = "rtx4070"
@@ -34,9 +37,11 @@ BEGIN, END = "<!-- table: benchmarks/memory_table.py -->", "<!-- end -->"
 
 
 def recipes() -> list[str]:
-    """configs/NAME.py:VARIANT of every variant whose header says that it is for the card."""
+    """configs/NAME.py:VARIANT of every variant whose header says that it is for the card, of models that PyTorch has."""
     found = []
     for path in sorted((ROOT / "configs").glob("*.py")):
+        if name_of(build(*load(str(path))).model) not in TWINS:
+            continue
         header = path.read_text().split('"""')[1]
         found += [f"{path.stem}:{name}" for name in re.findall(r"^  ([\w.]+) .* RTX 4070 .* GiB", header, re.M)]
     return found

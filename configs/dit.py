@@ -6,8 +6,8 @@
   python launch.py --config=configs/dit.py:xl2 --mode=plan --card=rtx4070
 
   variant  parameters  card      time            planned peak  what to expect
-  b2         130 M     RTX 4070  9 days          3.8 GiB       FID-50K 43.5 without guidance after 400,000 steps (paper)
-  s2          33 M     RTX 4070  3 days          1.2 GiB       68.4, likewise
+  b2         130 M     RTX 4070  9 days          3.4 GiB       FID-50K 43.5 without guidance after 400,000 steps (paper)
+  s2          33 M     RTX 4070  3 days          1.1 GiB       68.4, likewise
   l2         458 M     RTX 4070  8 days          10.0 GiB      not published for batches of 64 (at 256: 23.3)
   xl2        675 M     RTX 4070  6 days          9.8 GiB       not published for batches of 32 (at 256: 19.5)
   digits     1.2 M     2 cores   10 minutes      0.1 GiB       the classifier takes all samples for the digit asked for

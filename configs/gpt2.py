@@ -5,10 +5,10 @@
   python launch.py --config=configs/gpt2.py --mode=plan --card=rtx4070
 
   variant  parameters  card      time                planned peak  loss to expect
-  124m         124 M   RTX 4070  4 days for 10B      2.7 GiB       3.28 to 3.29 on FineWeb's val shard (llm.c's own run);
+  124m         124 M   RTX 4070  4 days for 10B      2.5 GiB       3.28 to 3.29 on FineWeb's val shard (llm.c's own run);
                                                                    OpenAI's own weights: 3.425
-  medium       354 M   RTX 4070  2 weeks for 10B     7.3 GiB       not published for 10B tokens; OpenAI's weights: 3.083
-  large        774 M   RTX 4070  4 weeks for 10B     9.3 GiB       not published for 10B tokens; OpenAI's weights: 3.001
+  medium       354 M   RTX 4070  2 weeks for 10B     6.3 GiB       not published for 10B tokens; OpenAI's weights: 3.083
+  large        774 M   RTX 4070  4 weeks for 10B     6.8 GiB       not published for 10B tokens; OpenAI's weights: 3.001
   xl         1,558 M   RTX 4070  to fine-tune        7.6 GiB       OpenAI's weights, before: 2.831
   tiny           1 M   2 cores   2 minutes           0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 

@@ -13,6 +13,7 @@ SCRIPT = pathlib.Path(__file__).parent / "twin" / "main.py"
 INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers peft bitsandbytes diffusers"
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
+TWINS = ("gpt2", "llama", "mamba", "mamba2", "dit")  # models of which a library that installs has PyTorch's
 COMPILED = "compile"  # its memory is known to its compiler alone: to be measured
 
 
@@ -21,7 +22,11 @@ def request_of(recipe, cfg) -> dict:
 
     Args:
       cfg: of the model, with its vocabulary.
+    Raises:
+      UserError: there is nothing in PyTorch to ask for.
     """
+    if name_of(cfg) not in TWINS:
+        raise UserError(f"no twin of {name_of(cfg)} in PyTorch is known (valid: {', '.join(TWINS)}); plan ours: --mode=plan")
     optimizer = {name: getattr(recipe.optimizer, name) for name in ("name", "learning_rate", "b1", "b2", "eps", "clip_norm")}
     return {
         "way": "planned",

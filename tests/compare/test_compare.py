@@ -16,6 +16,7 @@ from jaxvram import modes, recipe
 from jaxvram.compare import picture, pytorch_side, search, sides, table
 from jaxvram.errors import UserError
 from jaxvram.main import main
+from jaxvram.models import MODELS, name_of
 from jaxvram.vram import cards
 from jaxvram.vram.figures import COLOURS
 
@@ -37,12 +38,20 @@ def requested():
 def test_every_recipe_can_be_asked_for(requested, path):
     built = recipe.build(*recipe.load(str(path)))
     cfg = modes.make_task(built, with_data=False).model.cfg
+    if name_of(cfg) not in pytorch_side.TWINS:
+        with pytest.raises(UserError, match=f"no twin of {name_of(cfg)} in PyTorch"):
+            pytorch_side.request_of(built, cfg)
+        return
     request = json.loads(json.dumps(pytorch_side.request_of(built, cfg)))
     parsed = requested.parse(request)
     assert parsed.step.rows == (built.train.microbatch_size or built.train.batch_size)
     assert parsed.step.ema == (built.train.ema_decay > 0) and parsed.model.items() >= {"n_layer": cfg.n_layer}.items()
     for name in parsed.variants:
         requested.check_variant(parsed, name)  # none is asked for that the model has not
+
+
+def test_both_halves_know_the_same_models(requested):
+    assert requested.KINDS == pytorch_side.TWINS and set(requested.KINDS) <= set(MODELS)
 
 
 def record(eight_bit=None, **torch_sides):
