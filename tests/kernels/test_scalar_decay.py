@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import proof
 import pytest
+import quick
 
-from jaxvram.kernels import scalar_decay_xla
+from jaxvram.kernels import scalar_decay_pallas, scalar_decay_xla
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference
 
 FORWARD = {"scalar_decay_forward"}
@@ -35,7 +36,8 @@ class Call:
         q, k, v = (rng.normal(0, 1, shape) for shape in ((B, T, G, N), (B, T, G, N), (B, T, H, P)))
         usual = -np.log1p(np.exp(rng.normal(-1, 2, (B, T, H))))
         mixed = np.where(usual < -1, -100.0, -1e-3)
-        drawn = {"slow": np.full_like(usual, -1e-6), "fast": usual - 20, "mixed": mixed}
+        fixed = np.log1p(-(2.0 ** (-2 - np.arange(H))))
+        drawn = {"fixed": fixed, "slow": np.full_like(usual, -1e-6), "fast": usual - 20, "mixed": mixed}
         arrays = [jnp.asarray(x, dtype) for x in (q, k, v)] + [jnp.float32(drawn.get(self.decay, usual))]
         if self.weight:
             arrays.append(jnp.float32(np.log1p(np.exp(rng.normal(0, 1, (B, T, H))))))
@@ -72,14 +74,22 @@ CALLS = {
     "slow": Call(T=40, decay="slow"),
     "fast": Call(T=40, decay="fast"),
     "mixed": Call(T=90, decay="mixed", resets=True),
+    "wide": Call(B=1, T=70, P=20, N=200, resets=True),
+    "retention": Call(T=67, G=2, P=27, N=24, weight=False, decay="fixed", resets=True),
+    "wide_retention": Call(B=1, T=130, G=2, P=43, N=256, weight=False, decay="fixed", resets=True),
+    "fixed_and_weighted": Call(B=1, T=40, H=4, P=20, N=20, decay="fixed"),
 }
+
+
+LONG = ("mamba2", "wide_retention")  # of more than one segment, where a segment is a chunk
 
 
 def slopes_by_numpy(call, arrays):
     """Values, and all gradients of a fixed cotangent, in float64: token by token, backwards by the adjoint recurrence."""
     q, k, v, g, *_ = (np.asarray(x, np.float64) for x in arrays)
     options = {name: np.asarray(x, np.float64) for name, x in call.options(arrays).items()}
-    B, T, H, P, N = *g.shape, call.P, call.N
+    B, T, H, P, N = *v.shape[:3], call.P, call.N
+    g = np.broadcast_to(g, (B, T, H))
     heads = np.arange(H) * call.G // H
     q, k = q[:, :, heads], k[:, :, heads]
     w, resets = options.get("weight_BxTxH", np.ones_like(g)), options.get("resets_BxT", np.zeros((B, T)))
@@ -103,25 +113,30 @@ def slopes_by_numpy(call, arrays):
         dh, last = decay[:, t, :, None, None] * dh, states[t]
     dq, dk, dv, dg, dw = (np.stack(x[::-1], 1) for x in results)
     dq, dk = (x.reshape(B, T, call.G, H // call.G, N).sum(3) for x in (dq, dk))
+    dg = np.zeros(H) if call.decay == "fixed" else dg  # a constant
     return [o, h, dq, dk, dv, dg, *([dw] if call.weight else []), *([dh] if call.state else [])]
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla", "xla_segments"])
+@pytest.mark.parametrize("implementation", ["interpret", "interpret_segments", "xla", "xla_segments"])
 @pytest.mark.parametrize("name", CALLS)
 def test_equals_numpy_in_float64(name, implementation, monkeypatch):
     """Values and every gradient; at fast decays the slope of g is 1e-9 of what begins and ends, and right nevertheless."""
     if implementation == "xla_segments":
         monkeypatch.setattr(scalar_decay_xla, "CHUNK", 16)
         monkeypatch.setattr(scalar_decay_xla, "SEGMENT_BUDGET", 1)  # a chunk at a time
+    if implementation == "interpret_segments":
+        if name not in LONG:
+            pytest.skip("one chunk")
+        monkeypatch.setattr(scalar_decay_pallas, "BUDGET", 1)
     call = CALLS[name]
     arrays = call.make(np.random.RandomState(0), jnp.float32)
     run = functools.partial(call.case().call, implementation.partition("_")[0])
-    got = proof.value_and_gradients(run, arrays)
+    got = proof.value_and_gradients(run, arrays, quick.jit)
     errors = [proof.rms_error(g, w) for g, w in zip(got, slopes_by_numpy(call, arrays), strict=True)]
     assert max(errors) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", ["groups_and_documents", "fast"])
+@pytest.mark.parametrize("name", ["groups_and_documents", "fast", "retention"])
 def test_the_definition(name):
     call = CALLS[name]
     arrays = call.make(np.random.RandomState(0), jnp.float32)
@@ -131,7 +146,7 @@ def test_the_definition(name):
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
-@pytest.mark.parametrize("name", ["mamba2", "groups_and_documents"])
+@pytest.mark.parametrize("name", ["mamba2", "groups_and_documents", "wide_retention"])
 def test_bf16(name, implementation):
     proof.check_numerics(CALLS[name].case(), jnp.bfloat16, implementation)
 
