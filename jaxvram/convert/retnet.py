@@ -19,10 +19,14 @@ DEFAULTS = {  # what torchscale takes for a key that config.json leaves out
     "decoder_layers": 12, "vocab_size": -1, "activation_fn": "gelu", "no_scale_embedding": True, "layernorm_eps": 1e-6,
     "share_decoder_input_output_embed": False,
 }  # fmt: skip
-SIZE_OF = {"vocab_size": "vocab_size", "n_embd": "decoder_embed_dim", "n_layer": "decoder_layers",
-           "n_head": "decoder_retention_heads", "d_value": "decoder_value_embed_dim", "n_inner": "decoder_ffn_embed_dim"}  # fmt: skip
-FIXED = {"deepnorm": (False,), "decoder_normalize_before": (True,), "layernorm_embedding": (False,), "moe_freq": (0,),
-         "multiway": (False,)}  # fmt: skip
+SIZE_OF = {
+    "vocab_size": "vocab_size", "n_embd": "decoder_embed_dim", "n_layer": "decoder_layers",
+    "n_head": "decoder_retention_heads", "d_value": "decoder_value_embed_dim", "n_inner": "decoder_ffn_embed_dim",
+}  # fmt: skip
+FIXED = {
+    "deepnorm": (False,), "decoder_normalize_before": (True,), "layernorm_embedding": (False,), "moe_freq": (0,),
+    "multiway": (False,),
+}  # fmt: skip
 DECAY = "retnet_rel_pos.decay"
 
 

@@ -1,4 +1,4 @@
-"""Retention (Sun et al. 2023, arXiv:2307.08621): o_n = sum over m <= n of gamma^(n - m) (q_n . k_m) v_m, a gamma for each head.
+"""Retention (Sun et al. 2023, arXiv:2307.08621): o_n = sum over m <= n of gamma^(n - m) (q_n . k_m) v_m, gamma by head.
 
 Three forms, of one value:
   parallel   O = ((Q K^T) * D) V, D_nm = gamma^(n - m) for n >= m, else 0         `retention_parallel`, the definition

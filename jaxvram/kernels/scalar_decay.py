@@ -6,11 +6,11 @@ al. 2023, arXiv:2312.06635). All forms go by chunks of tokens: within one a mask
 the state. On NVIDIA GPUs Pallas kernels (scalar_decay_pallas.py) do so on tensor cores, elsewhere XLA (scalar_decay_xla.py).
 
 Bytes: kept for the backward pass are the inputs alone and nothing per chunk: a token and channel of a bf16 v takes 2, q and
-k 2 N / (P R) each (R heads share them), g and w 4 / P each, nothing where g is constant and w is 1. The forward kernel writes
-o and the last state. While it runs, the backward pass of the kernels has the states before all chunks of a segment and their
-gradients in memory, 2 sizeof(v) N / C bytes a token and channel for chunks of C tokens (64; 32 in fp32), up to 256 MiB: 201 MB
-at 8 x 2048 with 24 heads of 64 and N = 128. Beyond, segments follow one another, and one fp32 state a segment is kept. The
-backward pass of XLA has a state every 32 MiB of scores.
+k 2 N / (P R) each (R heads share them), g and w 4 / P each, nothing where g is constant and w is 1. The forward kernel
+writes o and the last state. While it runs, the backward pass of the kernels has the states before all chunks of a segment
+and their gradients in memory, 2 sizeof(v) N / C bytes a token and channel for chunks of C tokens (64; 32 in fp32), up to
+256 MiB: 201 MB at 8 x 2048 with 24 heads of 64 and N = 128. Beyond, segments follow one another, and one fp32 state a
+segment is kept. The backward pass of XLA has a state every 32 MiB of scores.
 """
 
 import functools

@@ -241,7 +241,9 @@ def _segments(tile, v_BxTxHxP, N: int) -> tuple[int, int]:
     """(tokens of a segment, number of segments): as many that the states of its chunks stay within BUDGET."""
     B, T, H, P = v_BxTxHxP.shape
     chunks = pl.cdiv(T, tile.rows)
-    count = pl.cdiv(chunks, max(1, BUDGET // (B * H * P * N * v_BxTxHxP.dtype.itemsize)))
+    least = pl.cdiv(chunks, max(1, BUDGET // (B * H * P * N * v_BxTxHxP.dtype.itemsize)))
+    # Equal ones, if need be a few more: for a shorter last one all arrays would be copied and padded.
+    count = next((n for n in range(least, 2 * least) if chunks % n == 0), least)
     return tile.rows * pl.cdiv(chunks, count), count
 
 

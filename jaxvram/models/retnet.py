@@ -9,8 +9,9 @@ divide a row by one more number, of which norm(o) feels nothing but eps (docs/re
 W_q, W_k, W_v, W_g: Xavier uniform of gain 2^-2.5, W_o of 1/2; W_1, W_2, W_gate as torch.nn.Linear's default; table and head
 N(0, 1/D), the table's rows times sqrt(D). Read: microsoft/torchscale 4d1e0e8, whose names of parameters these are.
 
-Kept for the backward pass of a layer's retention are q, k, v, W_g u and o: 4 K / P + 6 bytes a token and value channel in
-bf16, 8.4 at K = 256, P = 432; under remat='full' the stream alone, 4 bytes a token and channel of D.
+Between the projections the backward pass keeps q, k, v, W_g u and o: 4 K / P + 6 bytes a token and value channel in bf16
+(4 a token and head for S, 16 K a position, once for all sequences and heads, to turn by), 8.4 at K = 256, P = 432; under
+remat='full' the stream alone, 4 bytes a token and channel of D.
 """
 
 import dataclasses
@@ -110,7 +111,8 @@ class RetNetState(flax.struct.PyTreeNode):
 class Places(flax.struct.PyTreeNode):
     """Where the tokens stand: what every layer reads of it."""
 
-    rotation: tuple[jax.Array, jax.Array]  # cos and sin, (T, K/2)
+    rotation: tuple[jax.Array, jax.Array]  # of queries: cos and sin, (T, K/2)
+    scaled_rotation: tuple[jax.Array, jax.Array]  # of keys, divided by sqrt(K)
     sums_BxTxH: jax.Array  # S
     resets_BxT: jax.Array | None
     read_B: jax.Array  # behind the last token
@@ -130,7 +132,8 @@ def places(cfg: RetNetConfig, tokens_BxT, state: RetNetState | None, resets_BxT)
     log_gamma_H = log_gammas(cfg.n_head).astype(np.float64)
     sums_BxTxH = jnp.expm1(read_BxT[..., None] * np.float32(log_gamma_H)) / np.float32(np.expm1(log_gamma_H))
     rotation = rope.endless_rotation(position, T, cfg.rope_frequencies)
-    return Places(rotation, sums_BxTxH, resets_BxT, read_BxT[:, -1], position + T)
+    scaled_rotation = tuple(cfg.key_size**-0.5 * x for x in rotation)
+    return Places(rotation, scaled_rotation, sums_BxTxH, resets_BxT, read_BxT[:, -1], position + T)
 
 
 @from_input_alone
@@ -138,6 +141,17 @@ def _gated_norm(o_BxTxHxP, g_BxTxHxP, eps_BxTxHx1):
     """silu(g) norm(o), of an o before its division by sqrt(S): with eps S instead of eps the norm is the same."""
     rstd_BxTxHx1 = jax.lax.rsqrt(jnp.square(o_BxTxHxP).mean(-1, keepdims=True) + eps_BxTxHx1)
     return jax.nn.silu(g_BxTxHxP) * (o_BxTxHxP * rstd_BxTxHx1)
+
+
+def retain(q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, g_BxTxHxP, places: Places, cfg: RetNetConfig, h_BxHxPxK=None):
+    """silu(g) norm(o) of q and k that are not turned yet, and the state after the last token."""
+    q_BxTxHxK = rope.rotate(q_BxTxHxK, *places.rotation, "interleaved")
+    k_BxTxHxK = rope.rotate(k_BxTxHxK, *places.scaled_rotation, "interleaved")
+    o_BxTxHxP, h_BxHxPxK = scalar_decay(
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, log_gammas(cfg.n_head), h_BxHxPxN=h_BxHxPxK, resets_BxT=places.resets_BxT,
+        implementation=cfg.kernels,
+    )  # fmt: skip
+    return _gated_norm(o_BxTxHxP, g_BxTxHxP, cfg.norm_eps * places.sums_BxTxH[..., None]), h_BxHxPxK
 
 
 def _xavier(gain: float):
@@ -152,21 +166,13 @@ class Retention(nn.Module):
     @nn.compact
     def __call__(self, u_BxTxD, state: RetNetState | None, places: Places):
         cfg, (B, T, D) = self.cfg, u_BxTxD.shape
-        H, K = cfg.n_head, cfg.key_size
         dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        into = lambda features, name: dense(features, kernel_init=_xavier(2**-2.5), name=name)(u_BxTxD).reshape(B, T, H, -1)
-        q_BxTxHxK, k_BxTxHxK = into(D, "q_proj"), into(D, "k_proj")
-        v_BxTxHxP, g_BxTxHxP = into(cfg.d_value, "v_proj"), into(cfg.d_value, "g_proj")
-        q_BxTxHxK = rope.rotate(q_BxTxHxK, *places.rotation, "interleaved")
-        k_BxTxHxK = rope.rotate(k_BxTxHxK, *(K**-0.5 * x for x in places.rotation), "interleaved")
-        o_BxTxHxP, h_BxHxPxK = scalar_decay(
-            q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, log_gammas(H), h_BxHxPxN=state.h_BxHxPxK if state else None,
-            resets_BxT=places.resets_BxT, implementation=cfg.kernels,
-        )  # fmt: skip
-        y_BxTxHxP = _gated_norm(o_BxTxHxP, g_BxTxHxP, cfg.norm_eps * places.sums_BxTxH[..., None])
-        out_proj = dense(D, kernel_init=_xavier(0.5), name="out_proj")
-        state = RetNetState(h_BxHxPxK, places.read_B, places.position) if state else None
-        return out_proj(y_BxTxHxP.reshape(B, T, -1)), state
+        into = functools.partial(dense, kernel_init=_xavier(2**-2.5))
+        features = {"q_proj": D, "k_proj": D, "v_proj": cfg.d_value, "g_proj": cfg.d_value}
+        qkvg = [into(F, name=name)(u_BxTxD).reshape(B, T, cfg.n_head, -1) for name, F in features.items()]
+        y_BxTxHxP, h_BxHxPxK = retain(*qkvg, places, cfg, state.h_BxHxPxK if state else None)
+        out_BxTxD = dense(D, kernel_init=_xavier(0.5), name="out_proj")(y_BxTxHxP.reshape(B, T, -1))
+        return out_BxTxD, RetNetState(h_BxHxPxK, places.read_B, places.position) if state else None
 
 
 class GLU(nn.Module):

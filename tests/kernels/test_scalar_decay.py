@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ import pytest
 import quick
 
 from jaxvram.kernels import scalar_decay_pallas, scalar_decay_xla
+from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference
+from jaxvram.vram import cards
+from jaxvram.vram.compile import compile_for
 
 FORWARD = {"scalar_decay_forward"}
 NAMES = FORWARD | {f"scalar_decay_{name}" for name in ("states_from_start", "states_from_end", "by_head", "by_group")}
@@ -245,13 +249,14 @@ def test_what_makes_no_sense_is_told(change, message):
         scalar_decay(**(arrays | change))
 
 
-def code_of(B, T, G, H, P, N, dtype, resets=False):
+def code_of(B, T, G, H, P, N, dtype, resets=False, constant=False):
+    """`constant`: retention, with its decays and no weights."""
     spec = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
-    fp32 = spec(B, T, H, dtype=jnp.float32)
-    mask = np.zeros((B, T), bool) if resets else None
-    loss = lambda *arrays: scalar_decay(*arrays, resets_BxT=mask)[0].astype(jnp.float32).sum()
-    args = spec(B, T, G, N), spec(B, T, G, N), spec(B, T, H, P), fp32, fp32
-    return jax.value_and_grad(loss, tuple(range(5))), args
+    rows = () if constant else (spec(B, T, H, dtype=jnp.float32),) * 2
+    mask, gammas = np.zeros((B, T), bool) if resets else None, (log_gammas(H),) if constant else ()
+    loss = lambda *arrays: scalar_decay(*arrays, *gammas, resets_BxT=mask)[0].astype(jnp.float32).sum()
+    args = spec(B, T, G, N), spec(B, T, G, N), spec(B, T, H, P), *rows
+    return jax.value_and_grad(loss, tuple(range(len(args)))), args
 
 
 MAMBA2 = (8, 2048, 1, 24, 64, 128)
@@ -275,3 +280,42 @@ def test_machine_code_of_other_sizes(shape):
 @pytest.mark.parametrize("N", [64, 100, 128])
 def test_machine_code_in_fp32(N):
     proof.check_machine_code(*code_of(2, 100, 1, 2, 64, N, jnp.float32), "rtx4070", NAMES, False)
+
+
+RETNET = (4, 2048, 4, 4, 432, 256)  # medium
+WALKS = {f"scalar_decay_{name}" for name in ("states_from_start", "states_from_end")}
+RETAINED = WALKS | {f"scalar_decay_{name}" for name in ("outputs", "dv", "by_group")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", proof.CARDS)
+def test_machine_code_of_retention(card):
+    proof.check_machine_code(*code_of(*RETNET, jnp.bfloat16, constant=True), card, RETAINED, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2047, 10, 10, 428, 256), (2, 1024, 8, 8, 512, 256), (1, 999, 3, 3, 200, 200)])
+def test_machine_code_of_other_retention(shape):
+    """Values of 428 (3b, 13b) and 512, lengths and keys that no tile divides, and documents."""
+    proof.check_machine_code(*code_of(*shape, jnp.bfloat16, resets=True, constant=True), "rtx4070", RETAINED, True)
+
+
+@pytest.mark.slow
+def test_machine_code_of_narrow_retention_and_of_wide_keys_with_decays():
+    narrow = FORWARD | RETAINED - {"scalar_decay_outputs"}
+    proof.check_machine_code(*code_of(1, 512, 2, 2, 64, 64, jnp.bfloat16, constant=True), "rtx4070", narrow, True)
+    wide = WALKS | {f"scalar_decay_{name}" for name in ("outputs", "by_head", "by_group")}
+    proof.check_machine_code(*code_of(1, 512, 1, 2, 128, 256, jnp.bfloat16), "rtx4070", wide, True)
+    proof.check_machine_code(*code_of(1, 100, 1, 1, 428, 256, jnp.float32), "rtx4070", wide, False)
+
+
+@pytest.mark.slow
+def test_what_a_layer_makes_on_its_way_does_not_grow_with_length():
+    """The peak is arguments, results, and what does not depend on T: an o and its gradient, and a segment's rest."""
+    rest = {}
+    for T in (16_384, 65_536):
+        fn, args = code_of(1, T, 4, 4, 432, 256, jnp.bfloat16, constant=True)
+        compiled = compile_for(cards.find("rtx4070"), fn, args)
+        inputs = sum(math.prod(x.shape) * 2 for x in args)
+        rest[T] = compiled.peak_bytes - 2 * inputs - 2 * (2 * T * 4 * 432)
+    assert rest[16_384] < 360 * 2**20 and rest[65_536] < 1.1 * rest[16_384]
