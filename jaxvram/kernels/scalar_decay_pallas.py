@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import HIDDEN
 from jaxvram.kernels.scalar_decay_segments import walk, walk_back
-from jaxvram.kernels.scalar_decay_tiles import KEYS, WALKED, Span, block_of, blocks_of, load, store, tiles_for
+from jaxvram.kernels.scalar_decay_tiles import KEYS, Span, block_of, blocks_of, load, store, tiles_for, walkers
 from jaxvram.kernels.scalar_decay_xla import Decays, decays
 
 BUDGET = 128 * 2**20  # bytes of the states before all chunks of a segment; a longer sequence has more segments
@@ -85,9 +85,9 @@ def _forward_kernel(
 
 
 def _states_kernel(x_ref, y_ref, scale_ref, through_ref, first_ref, states_ref, last_ref, *, tile, shape, backwards):
-    """Chunk by chunk: write the state, then state = through state + sum_i scale_i y_i x_i^T; of up to WALKED keys."""
-    (T, P, N), C, parts = shape, tile.rows, pl.cdiv(shape[2], WALKED)
-    keys = blocks_of(N) if parts == 1 else [block_of(pl.program_id(0) % parts * 2 + i, N) for i in (0, 1)]
+    """Chunk by chunk: write the state, then state = through state + sum_i scale_i y_i x_i^T; of some of the keys."""
+    (T, P, N), C, parts = shape, tile.rows, walkers(shape[2])
+    keys = blocks_of(N) if parts == 1 else [block_of(pl.program_id(0) % parts, N)]
     values = Span(pl.program_id(0) // parts * tile.columns, tile.columns, P)
     chunks = pl.cdiv(T, C)
 
@@ -297,7 +297,7 @@ def _states(tile, x_BxTxHxP, y_BxTxGxN, scale_BxHxL, d: Decays, first_BxHxPxN, b
     by_head = lambda x: _of_head(x, 0, 1, 1)
     return backend.call(
         functools.partial(_states_kernel, tile=tile, shape=(T, P, N), backwards=backwards),
-        grid=(pl.cdiv(P, tile.columns) * pl.cdiv(N, WALKED), H, B),
+        grid=(pl.cdiv(P, tile.columns) * walkers(N), H, B),
         in_specs=[_of_head(x_BxTxHxP, 0, 2, 1), _of_head(y_BxTxGxN, 0, 2, H // G), *map(by_head, arrays[2:])],
         out_specs=[by_head(states), by_head(first_BxHxPxN)],
         out_shape=[states, _like(first_BxHxPxN)],

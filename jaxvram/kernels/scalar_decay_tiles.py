@@ -11,7 +11,7 @@ from jaxvram.kernels import backend
 from jaxvram.kernels.backend import Tile
 
 KEYS = 64  # of the state at a time: an operand as wide as a whole key would not fit in registers
-WALKED = 2 * KEYS  # of the state that one program of `states` walks with; more are shared out
+WALKED = 128  # of the state that one program of `states` walks with; of more, each has a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Tiles:
 
 
 BF16 = {
-    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 16, 4, 1), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 16, 4, 1), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
     128: Tiles(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
     256: Tiles(None, Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
 }
@@ -46,9 +46,8 @@ FP32 = {
 def tiles_for(v_BxTxHxP, N: int) -> Tiles:
     (_, T, _, P), table = v_BxTxHxP.shape, FP32 if v_BxTxHxP.dtype == jnp.float32 else BF16
     tiles = table[max(64, backend.power_of_two(N))]
-    masked = N % 64 or (N <= 128 and (T % 64 or P not in (32, 64)))  # `states` and `outputs` have room for masks of v
-    if table is BF16 and masked:
-        tiles = dataclasses.replace(WIDE if P > 64 else UNEVEN, **({} if N <= 128 else {"forward": None}))
+    if table is BF16 and (N % 64 or (N <= WALKED and (T % 64 or P not in (32, 64)))):
+        tiles = dataclasses.replace(WIDE if P > 64 else UNEVEN, **({} if N <= WALKED else {"forward": None}))
     fit = lambda tile: tile and dataclasses.replace(tile, columns=min(tile.columns, backend.power_of_two(P)))
     return Tiles(*(fit(getattr(tiles, field.name)) for field in dataclasses.fields(Tiles)))
 
@@ -82,6 +81,11 @@ def block_of(i, N: int) -> Span:
 
 def blocks_of(N: int) -> list[Span]:
     return [block_of(i, N) for i in range(pl.cdiv(N, KEYS))]
+
+
+def walkers(N: int) -> int:
+    """Programs of `states` that share a state's keys."""
+    return 1 if N <= WALKED else pl.cdiv(N, KEYS)
 
 
 def _mask(rows: Span, columns: Span):
