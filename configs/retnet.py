@@ -5,13 +5,13 @@
   python launch.py --config=configs/retnet.py --mode=plan --card=rtx4070
 
   variant    parameters  card      time             planned peak  loss to expect
-  medium         306 M   RTX 4070  10 days for 10B  9.9 GiB       not published for this size or these data
-  base            71 M   RTX 4070  2 days for 10B   9.9 GiB       likewise
-  xl           1,427 M   RTX 4070  to fine-tune     9.9 GiB       likewise
-  tiny           6.5 M   2 cores   1 minute         0.2 GiB       training loss from 10.8 to about 5 on Python's help text
+  medium         306 M   RTX 4070  10 days for 10B  6.5 GiB       not published for this size or these data
+  base            71 M   RTX 4070  2 days for 10B   3.6 GiB       likewise
+  xl           1,426 M   RTX 4070  to fine-tune     6.7 GiB       likewise
+  tiny           3.4 M   2 cores   2 minutes        0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 
 203 M (base: 19 M, xl: 1,221 M) of them are not in the table and the head. Times on a GPU are arithmetic, not measurements:
-6 N FLOPs a token at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. xl has bf16 weights and
+6 N FLOPs a token, N without the table, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. xl has bf16 weights and
 Adafactor. The paper gives rates from 1.3B on (6e-4), for batches of 4M tokens; smaller ones here take the same. Nobody has
 trained the large ones to the end, and no weights are published to start from.
 """
