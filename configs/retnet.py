@@ -11,9 +11,9 @@
   tiny           3.4 M   2 cores   2 minutes        0.2 GiB       training loss from 10.8 to about 5 on Python's help text
 
 203 M (base: 19 M, xl: 1,221 M) of them are not in the table and the head. Times on a GPU are arithmetic, not measurements:
-6 N FLOPs a token, N without the table, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. xl has bf16 weights and
-Adafactor. The paper gives rates from 1.3B on (6e-4), for batches of 4M tokens; smaller ones here take the same. Nobody has
-trained the large ones to the end, and no weights are published to start from.
+6 N FLOPs a token, N without the table, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. xl has
+bf16 weights and Adafactor. The paper gives rates from 1.3B on (6e-4), for batches of 4M tokens; smaller ones here take the
+same. Nobody has trained the large ones to the end, and no weights are published to start from.
 """
 
 from jaxvram import recipe

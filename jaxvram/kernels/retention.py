@@ -10,8 +10,8 @@ sum at the chunk's start s: what came before it is gamma^(n - s + 1) h_(s-1), wi
 There is no tiled kernel of the parallel form, whose products grow with T: T (5 K + 4 P) FLOPs a token and head, forward and
 backward, a fifth less at T = 2048 where gamma^(n - m) < 2^-24 lets blocks be skipped (524 tokens away in head 0, 1,057 in
 head 1). At 4 x 2048 and the medium size, that is 2.8 ms a layer at an RTX 4070's tensor peak; the chunks' bytes take 2.4 ms
-of its bus. All recipes train at that length. For shorter ones it would pay: 0.9 ms at 16 x 512, where the matrices of a layer
-take 10.7 ms (docs/retnet.md).
+of its bus. All recipes train at that length. For shorter ones it would pay: 0.9 ms at 16 x 512, where the matrices of a
+layer take 10.7 ms (docs/retnet.md).
 """
 
 import jax.numpy as jnp
