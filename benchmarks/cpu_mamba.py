@@ -2,11 +2,13 @@
 
   python benchmarks/cpu_mamba.py                  # needs torch and transformers; PyTorch's side is slow
   python benchmarks/cpu_mamba.py --model=mamba2
+  python benchmarks/cpu_mamba.py --model=retnet   # beside torchscale: pip install --no-deps torchscale==0.3.0
 
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
-transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, with torch's default
-AdamW and with its fused one. How sides are compared and what the columns mean: side_by_side.py. Sampling times are those of
-a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's of the same width with its cache.
+transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, or torchscale's in its
+parallel form, with torch's default AdamW and with its fused one. How sides are compared and what the columns mean:
+side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's
+of the same width with its cache.
 """
 
 import argparse
@@ -37,7 +39,8 @@ def load_recipe(model: str):
 
     settle_platform()
     built = recipe.build(*recipe.load(f"{ROOT / 'configs' / model}.py:tiny"))
-    cfg = dataclasses.replace(built.model, vocab_size=V, block_size=T, n_layer=4, n_embd=128, reset_token=-1)
+    more = {"n_head": 4, "d_value": 256, "n_inner": 256} if model == "retnet" else {}
+    cfg = dataclasses.replace(built.model, vocab_size=V, block_size=T, n_layer=4, n_embd=128, reset_token=-1, **more)
     train = dataclasses.replace(built.train, batch_size=B, microbatch_size=0, steps=1000)
     optimizer = dataclasses.replace(built.optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0)
     return dataclasses.replace(built, model=cfg, train=train, optimizer=optimizer)
@@ -48,20 +51,45 @@ def batch_of(n: int) -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}
 
 
-def torch_side(recipe, params, fused: bool):
-    """transformers' model, from a folder that we export."""
-    import torch
+def of_transformers(kind: str, folder):
+    """(its model, a function of tokens to logits)."""
     import transformers
+
+    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[kind]
+    model = getattr(transformers, cls).from_pretrained(folder)
+    return model, lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+
+def of_torchscale(folder):
+    import safetensors.torch
+
+    sys.path.append(str(ROOT / "tests" / "golden"))
+    import make_retnet
+
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("exported_by")
+    model = make_retnet.decoder(config)
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return model, lambda tokens: model(tokens)[0]
+
+
+def torch_side(recipe, params, fused: bool):
+    """Their model, from a folder that we export."""
+    import torch
 
     from jaxvram import convert, models
 
     torch.set_num_threads(os.cpu_count())
-    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[models.name_of(recipe.model)]
+    kind = models.name_of(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
-        convert.converter(recipe.model).save(params, recipe.model, pathlib.Path(folder) / "model")
-        model = getattr(transformers, cls).from_pretrained(pathlib.Path(folder) / "model").train()
+        folder = pathlib.Path(folder) / "model"
+        convert.converter(recipe.model).save(params, recipe.model, folder)
+        model, logits_of = of_torchscale(folder) if kind == "retnet" else of_transformers(kind, folder)
+    model.train()
     cfg = recipe.optimizer
-    decayed = ("proj.weight", "conv1d.weight", "embeddings.weight")
+    decayed = (
+        "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight"
+    )  # fmt: skip
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if n.endswith(decayed)], "weight_decay": cfg.groups["decayed"].weight_decay},
@@ -73,7 +101,7 @@ def torch_side(recipe, params, fused: bool):
         losses = []
         for batch in batches:
             tokens, targets = (torch.from_numpy(batch[name]).long() for name in ("tokens", "targets"))
-            logits = model(input_ids=tokens, use_cache=False).logits
+            logits = logits_of(tokens)
             loss = torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
@@ -141,7 +169,7 @@ def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("mamba", "mamba2"), default="mamba")
+    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet"), default="mamba")
     model = parser.parse_known_args()[0].model
     args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
     about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}

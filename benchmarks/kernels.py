@@ -3,8 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks and products with NF4 weights, the same: ours, and the XLA
-path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention and products with NF4 weights, the same: ours, and
+the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
+from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
 
@@ -37,6 +38,7 @@ ATTENTION = [  # B, T, H, G, K, causal
 CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
 SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
+RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
@@ -94,6 +96,16 @@ def scalar_decay_sides(B, T, G, H, P, N):
     o = lambda scan, **options: lambda *args: scan(*args, **options)[0]
     sides = {name: o(scalar_decay, implementation=name) for name in OURS_AND_XLA}
     return sides, o(scalar_decay_reference), (q, k, v, log_decay, weight), 5
+
+
+def retention_sides(B, T, H, P, N):
+    keys, gammas = jax.random.split(jax.random.key(0), 3), log_gammas(H)
+    q, k, v = (
+        jax.random.normal(key, (B, T, H, width), jnp.bfloat16) for key, width in zip(keys, (N, N, P), strict=True)
+    )
+    o = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
+    reference = lambda q, k, v: retention_parallel(q, k, v, gammas)
+    return {name: o(name) for name in OURS_AND_XLA}, reference, (q, N**-0.5 * k, v), 3
 
 
 def nf4_linear_sides(N, F, D):
@@ -161,6 +173,7 @@ def cases() -> list[tuple]:
         "linear_cross_entropy": (cross_entropy_sides, CROSS_ENTROPY),
         "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
         "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
+        "retention": (retention_sides, RETENTION),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
     }
     return [

@@ -1,4 +1,4 @@
-"""What the Hugging Face layouts of Mamba and Mamba-2 share: names, shapes, and the frame round the mixers.
+"""What other layouts of recurrent models share: names and shapes in the frame round the mixers; of Mamba's, the rest too.
 
 Theirs has matrices [out, in], the convolution [channels, 1, width], and a list of layers; ours [in, out], [width, channels]
 and a leading layer axis. A table of ours may have rows of padding.
@@ -21,6 +21,16 @@ class Parameter(NamedTuple):
     is_matrix: bool = False  # stored [out, in] there
 
 
+class Frame(NamedTuple):
+    """What they call things outside of the layers, which are PREFIXlayers.0 and so on."""
+
+    prefix: str  # of every name but the head's, where it is there at all
+    table: str
+    norm: str
+    head: str
+
+
+BACKBONE = Frame("backbone.", "embeddings.weight", "norm_f.weight", "lm_head.weight")
 NORM = ("norm.weight", ("norm", "scale"))
 FP32 = ("A_log", "D", "dt_bias")  # whatever the dtype of the others
 SIZE_OF = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size",
@@ -37,19 +47,20 @@ def matrix(name: str, inputs: int, outputs: int) -> Parameter:
     return Parameter(f"mixer.{name}.weight", ("mixer", name, "kernel"), (outputs, inputs), is_matrix=True)
 
 
-def load(source: HuggingFaceFolder, cfg, layer: list[Parameter], tied: bool) -> dict:
+def load(source: HuggingFaceFolder, cfg, layer: list[Parameter], tied: bool, frame: Frame = BACKBONE) -> dict:
     """The parameters of a model with these layers. The config has been checked."""
     V, D = cfg.vocab_size, cfg.n_embd
-    prefix = "backbone." if "backbone.embeddings.weight" in source else ""
+    prefix = frame.prefix if frame.prefix + frame.table in source else ""
+    their_head = frame.head if frame.head in source else prefix + frame.head
 
     def padded(tensor_VxD):
         rows = np.zeros((cfg.table_rows, D), cfg.param_dtype)
         rows[:V] = tensor_VxD
         return rows
 
-    table = source.tensor(f"{prefix}embeddings.weight", (V, D))
+    table = source.tensor(prefix + frame.table, (V, D))
     params = {"embedding": {"embedding": padded(table)}, "layers": {}}
-    params["norm_f"] = {"scale": source.tensor(f"{prefix}norm_f.weight", (D,)).astype(cfg.param_dtype)}
+    params["norm_f"] = {"scale": source.tensor(prefix + frame.norm, (D,)).astype(cfg.param_dtype)}
     for p in layer:
         dtype = "float32" if p.ours[-1] in FP32 else cfg.param_dtype
         stacked = np.empty((cfg.n_layer, *p.shape), dtype)
@@ -59,32 +70,37 @@ def load(source: HuggingFaceFolder, cfg, layer: list[Parameter], tied: bool) -> 
             tree = tree.setdefault(name, {})
         tree[p.ours[-1]] = np.ascontiguousarray(_turned(stacked, p))
     if not cfg.tie_head:
-        head = table if tied or "lm_head.weight" not in source else source.tensor("lm_head.weight", (V, D))
+        head = table if tied or their_head not in source else source.tensor(their_head, (V, D))
         params["lm_head"] = {"kernel": np.ascontiguousarray(padded(head).T)}
     return params
 
 
-def save(params, cfg, layer: list[Parameter], config: dict, folder) -> None:
-    """A folder that transformers loads, with the same logits; rows of padding are left out."""
+def tensors(params, cfg, layer: list[Parameter], frame: Frame) -> dict[str, np.ndarray]:
+    """Under their names; rows of padding are left out, and a head that is the table."""
     params = jax.tree.map(np.asarray, params)
     V = cfg.vocab_size
-    tensors = {
-        "backbone.embeddings.weight": params["embedding"]["embedding"][:V],
-        "backbone.norm_f.weight": params["norm_f"]["scale"],
+    named = {
+        frame.prefix + frame.table: params["embedding"]["embedding"][:V],
+        frame.prefix + frame.norm: params["norm_f"]["scale"],
     }
     for p in layer:
         stacked = params["layers"]
         for name in p.ours:
             stacked = stacked[name]
         for i, ours in enumerate(stacked):
-            tensors[f"backbone.layers.{i}.{p.theirs}"] = _turned(ours[None], p)[0]
+            named[f"{frame.prefix}layers.{i}.{p.theirs}"] = _turned(ours[None], p)[0]
     if not cfg.tie_head:
-        tensors["lm_head.weight"] = params["lm_head"]["kernel"][:, :V].T
+        named[frame.head] = params["lm_head"]["kernel"][:, :V].T
+    return named
+
+
+def save(params, cfg, layer: list[Parameter], config: dict, folder) -> None:
+    """A folder that transformers loads, with the same logits."""
     common = {theirs: getattr(cfg, ours) for ours, theirs in SIZE_OF.items()}
     common |= {"use_bias": False, "use_conv_bias": True, "hidden_act": "silu", "layer_norm_epsilon": 1e-5}
     common |= {"residual_in_fp32": True, "tie_word_embeddings": cfg.tie_head, "torch_dtype": cfg.param_dtype}
     common |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)  # <|endoftext|> of GPT-NeoX
-    write_folder(folder, common | config, tensors)
+    write_folder(folder, common | config, tensors(params, cfg, layer, BACKBONE))
 
 
 def _turned(stacked, p: Parameter):

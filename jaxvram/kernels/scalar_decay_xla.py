@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.kernels.backend import HIDDEN, LOG2_E
+from jaxvram.kernels.scalar_decay_segments import walk, walk_back
 
 CHUNK = 64
 SEGMENT_BUDGET = 32 * 2**20  # bytes of one (tokens, tokens) array of fp32 of all chunks that are computed side by side
@@ -61,7 +62,6 @@ def _sums(x):
     """Running sums along the last axis, by a product: one operation, where XLA's cumsum is a dozen."""
     C = x.shape[-1]
     return jnp.matmul(x, jnp.tri(C, dtype=x.dtype).T, precision=jax.lax.Precision.HIGHEST)
-
 
 
 def product(spec: str, *operands, dtype):
@@ -132,8 +132,8 @@ class _Segment:
         o += self.from_start[..., None] * self.dot("bgcik,bgcrpk->bgcrip", self.q, before)
         return self.tokens(o), h
 
-    def backward(self, h, do_BxTxHxP, dh):
-        """(dq, dk, dv, the gradients of log decay and weight, that of h), in fp32."""
+    def backward(self, h, do_BxTxHxP, dh, rows: bool):
+        """(dq, dk, dv, with `rows` the gradients of log decay and weight, that of h), in fp32."""
         before, _ = self.states(h)
         do, weight = self.of_heads(do_BxTxHxP), self.weight
         behind, dh = self.pass_on(
@@ -147,15 +147,16 @@ class _Segment:
         dk += self.dot("bgcrjp,bgcrpk->bgcjk", self.v * (weight * self.to_end)[..., None], behind)
         dv = self.dot("bgcrij,bgcrip->bgcrjp", self.scores, do)
         dv_from_behind = self.to_end[..., None] * self.dot("bgcjk,bgcrpk->bgcrjp", self.k, behind)
+        results = [self.tokens(x) for x in (dq, dk, (dv + dv_from_behind) * weight[..., None])]
+        if not rows:
+            return *results, (), dh
         to_behind = (self.v * dv_from_behind).sum(-1)
         from_before = self.from_start * (do * self.dot("bgcik,bgcrpk->bgcrip", self.q, before)).sum(-1)
         inner = self.scores * slopes
         dweight = inner.sum(-2) + to_behind
         across = (self.through * before * behind).sum((-1, -2))
         dlog_decay = self.log_decay_gradient(inner * weight[..., None, :], from_before, weight * to_behind, across)
-        dlog_decay, dweight = (self.tokens(x[..., None])[..., 0] for x in (dlog_decay, dweight))
-        dv = (dv + dv_from_behind) * weight[..., None]
-        return self.tokens(dq), self.tokens(dk), self.tokens(dv), dlog_decay, dweight, dh
+        return *results, [self.tokens(x[..., None])[..., 0] for x in (dlog_decay, dweight)], dh
 
     def log_decay_gradient(self, inner, from_before, to_behind, across):
         """The sum of all summands of the slope that cross token t: they begin before t and end at t or behind.
@@ -178,22 +179,6 @@ def _segments(v_BxTxHxP) -> tuple[int, int, int]:
     return C, C * -(-chunks // count), count
 
 
-def _walk(step, carry, arrays, L: int, count: int, extra=None, reverse=False):
-    """scan of step(carry, the arrays' segment of L tokens, extra's entry) over the segments; results end to end."""
-    T = jax.tree.leaves(arrays)[0].shape[1]
-    if count == 1:
-        return step(carry, arrays, None if extra is None else extra[0])
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, L * count - T)] + [(0, 0)] * (x.ndim - 2))
-    arrays = jax.tree.map(pad, arrays)
-
-    def of_segment(carry, this):
-        i, extra = this
-        return step(carry, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * L, L, 1), arrays), extra)
-
-    carry, ys = jax.lax.scan(of_segment, carry, (jnp.arange(count), extra), reverse=reverse)
-    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T], ys)
-
-
 def _grouped(h_BxHxPxN, G: int):
     B, H, P, N = h_BxHxPxN.shape
     return h_BxHxPxN.reshape(B, G, H // G, P, N)
@@ -208,26 +193,23 @@ def forward(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_Bx
         return h, o_BxLxHxP.astype(v_BxTxHxP.dtype)
 
     arrays = (q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, resets_BxT)
-    h, o_BxTxHxP = _walk(step, _grouped(h_BxHxPxN, q_BxTxGxN.shape[2]), arrays, L, count)
+    h, o_BxTxHxP = walk(step, _grouped(h_BxHxPxN, q_BxTxGxN.shape[2]), arrays, L, count)
     return o_BxTxHxP, h.reshape(h_BxHxPxN.shape)
 
 
-def backward(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_BxHxPxN, resets_BxT, do_BxTxHxP, dh_BxHxPxN):
-    """The gradients of the first six; a state a segment is kept, made by a first walk."""
+def backward(
+    q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_BxHxPxN, resets_BxT, do_BxTxHxP, dh_BxHxPxN, *,
+    rows: bool,
+):  # fmt: skip
+    """Gradients of q, k, v; of log decay and weight, or () without `rows`; of h."""
     C, L, count = _segments(v_BxTxHxP)
-    G = q_BxTxGxN.shape[2]
     arrays = (q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, resets_BxT)
-    h = _grouped(h_BxHxPxN, G)
-    before = h[None]
-    if count > 1:
-        _, before = _walk(lambda h, arrays, _: (_Segment(*arrays, C).states(h)[1], h[:, None]), h, arrays, L, count)
-        before = jnp.moveaxis(before, 1, 0)
+    h, dh = (_grouped(x, q_BxTxGxN.shape[2]) for x in (h_BxHxPxN, dh_BxHxPxN))
 
-    def step(dh, both, h):
-        arrays, do = both
-        *gradients, dh = _Segment(*arrays, C).backward(h, do, dh)
-        dtypes = [x.dtype for x in arrays[:5]]
-        return dh, [x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
+    def gradients_of(arrays, h, do, dh):
+        *gradients, drows, dh = _Segment(*arrays, C).backward(h, do, dh, rows)
+        return (*(dx.astype(x.dtype) for dx, x in zip(gradients, arrays[:3], strict=True)), tuple(drows)), dh
 
-    dh, gradients = _walk(step, _grouped(dh_BxHxPxN, G), (arrays, do_BxTxHxP), L, count, before, reverse=True)
-    return (*gradients, dh.reshape(h_BxHxPxN.shape))
+    last_of = lambda arrays, h: _Segment(*arrays, C).states(h)[1]
+    gradients, dh = walk_back(last_of, gradients_of, arrays, h, do_BxTxHxP, dh, L, count)
+    return *gradients, dh.reshape(h_BxHxPxN.shape)

@@ -45,6 +45,11 @@ class SplitLinear(nn.Module):
         return [product(x_xD.astype(self.dtype), part_DxP) for part_DxP in jnp.split(kernel_DxF, ends, axis=1)]
 
 
+def fan_in_uniform(scale: float = 1.0):
+    """U(-b, b), b = scale / sqrt(fan in): torch.nn.Linear's default, for kernels (in, out)."""
+    return nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
+
+
 def product(x_xD, w_DxF):
     """x W over the last axis of x; every other is flattened first.
 

@@ -40,7 +40,9 @@ ACTIVATIONS = {
     "gelu_tanh": from_input_alone(functools.partial(jax.nn.gelu, approximate=True)),
 }
 
-swiglu = from_input_alone(lambda gate, up: jax.nn.silu(gate) * up)  # Shazeer 2020, arXiv:2002.05202
+# Of two inputs, act(gate) * up: Shazeer 2020, arXiv:2002.05202
+swiglu = from_input_alone(lambda gate, up: jax.nn.silu(gate) * up)
+GATED = {"swish": swiglu, "gelu": from_input_alone(lambda gate, up: gelu(gate) * up)}
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""What Mamba-1 and Mamba-2 share: the convolution, and what step sizes and matrices start from."""
+"""What Mamba-1 and Mamba-2 share: the convolution, and what step sizes start from."""
 
 import flax.linen as nn
 import jax
@@ -16,11 +16,6 @@ def step_bias(low: float = 1e-3, high: float = 0.1, floor: float = 1e-4):
         return delta + jnp.log(-jnp.expm1(-delta))
 
     return init
-
-
-def fan_in_uniform(scale: float = 1.0):
-    """U(-b, b), b = scale / sqrt(fan in): torch.nn.Linear's default, for kernels (in, out)."""
-    return nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
 
 
 class CausalConv(nn.Module):

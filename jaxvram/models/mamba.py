@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.selective_scan import selective_scan
-from jaxvram.layers.linear import Linear
+from jaxvram.layers.linear import Linear, fan_in_uniform
 from jaxvram.layers.norms import RMSNorm
 from jaxvram.layers.recurrent_lm import RecurrentLM, check_fields
-from jaxvram.layers.state_space import CausalConv, fan_in_uniform, step_bias
+from jaxvram.layers.state_space import CausalConv, step_bias
 
 SIZES = {"130m": (24, 768), "370m": (48, 1024), "790m": (48, 1536), "1.4b": (48, 2048), "2.8b": (64, 2560)}  # L, D
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.scalar_decay import scalar_decay
-from jaxvram.layers.linear import Linear, SplitLinear
+from jaxvram.layers.linear import Linear, SplitLinear, fan_in_uniform
 from jaxvram.layers.norms import RMSNorm, rms_norm
 from jaxvram.layers.recurrent_lm import RecurrentLM, check_fields
-from jaxvram.layers.state_space import CausalConv, fan_in_uniform, step_bias
+from jaxvram.layers.state_space import CausalConv, step_bias
 
 SIZES = {"130m": (24, 768), "370m": (48, 1024), "780m": (48, 1536), "1.3b": (48, 2048), "2.7b": (64, 2560)}  # L, D
 

@@ -11,4 +11,5 @@ from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
-TASK_OF = dict.fromkeys(("gpt2", "llama", "mamba", "mamba2"), "language") | {"dit": "diffusion"}  # by the model's name
+LANGUAGE_MODELS = ("gpt2", "llama", "mamba", "mamba2", "retnet")
+TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | {"dit": "diffusion"}  # by the model's name

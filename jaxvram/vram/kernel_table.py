@@ -23,6 +23,7 @@ from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
+from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
 from jaxvram.vram.cards import Card
@@ -103,8 +104,8 @@ def selective_scan_probe(what: str, B, T, E, N) -> Probe:
     return Probe(f"{what} {B}x{T}, {E} channels of {N} states", fn, args, work)
 
 
-def scalar_decay_probe(what: str, B, T, G, H, P, N) -> Probe:
-    """bf16, with weights. States and their gradients at the chunks' ends go through memory in the backward pass."""
+def scalar_decay_probe(what: str, B, T, G, H, P, N, *, retention=False) -> Probe:
+    """bf16; with weights or, in retention, constant decays. States and their gradients at chunks' ends go through memory."""
     spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
     v, k, g = spec((B, T, H, P), bf16), spec((B, T, G, N), bf16), spec((B, T, H), f32)
     tiles = scalar_decay_pallas.tiles_for(v, N)
@@ -113,19 +114,22 @@ def scalar_decay_probe(what: str, B, T, G, H, P, N) -> Probe:
     states = 2 * B * H * -(-T // C) * N * P
     per_pair, per_state = 2 * tokens * C, 2 * tokens * N * P  # FLOPs of a product of two tokens, by width; with a state
     walk = Work(tiles.states, per_state, values + keys + rows + states)
-    work = {
-        "scalar_decay_forward": Work(tiles.forward, per_pair * (N + P) + 2 * per_state, 2 * values + 2 * keys + 5 * rows),
-        "scalar_decay_states_from_start": walk,
-        "scalar_decay_states_from_end": walk,
-        "scalar_decay_by_head": Work(
-            tiles.by_head, per_pair * (N + 2 * P + C) + 2 * per_state, 3 * values + 2 * keys + 7 * rows + 2 * states
-        ),
-        "scalar_decay_by_group": Work(
-            tiles.by_group, per_pair * (P + 2 * N * G // H) + 2 * per_state, 2 * values + 4 * keys + 5 * rows + 2 * states
-        ),
-    }
-    fn = jax.value_and_grad(lambda *a: scalar_decay(*a)[0].astype(f32).sum(), tuple(range(5)))
-    return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, (k, k, v, g, g), work)
+    outputs = Work(tiles.outputs, per_pair * (N + P) + per_state, 2 * values + 2 * keys + 4 * rows + states)
+    forward = Work(tiles.forward, per_pair * (N + P) + 2 * per_state, 2 * values + 2 * keys + 5 * rows)
+    by_head = Work(
+        tiles.by_head, per_pair * (N + 2 * P + C) + 2 * per_state, 3 * values + 2 * keys + 7 * rows + 2 * states
+    )
+    by_group = Work(
+        tiles.by_group, per_pair * (P + 2 * N * G // H) + 2 * per_state, 2 * values + 4 * keys + 5 * rows + 2 * states
+    )
+    work = {"forward": forward} if tiles.forward else {"outputs": outputs}
+    work |= {"states_from_start": walk, "states_from_end": walk}
+    work |= ({"dv": outputs} if retention else {"by_head": by_head}) | {"by_group": by_group}
+    work = {f"scalar_decay_{name}": each for name, each in work.items()}
+    args, gammas = ((k, k, v), (log_gammas(H),)) if retention else ((k, k, v, g, g), ())
+    loss = lambda *a: scalar_decay(*a, *gammas)[0].astype(f32).sum()
+    fn = jax.value_and_grad(loss, tuple(range(len(args))))
+    return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, args, work)
 
 
 def nf4_probe(what: str, N, F, D, *, backward=True) -> Probe:
@@ -157,6 +161,7 @@ def probes() -> list[Probe]:
         cross_entropy_probe("GPT-2", 8192, 768, 50304),
         selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
+        scalar_decay_probe("RetNet medium", 4, 2048, 4, 4, 432, 256, retention=True),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),
     ]

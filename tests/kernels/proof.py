@@ -34,7 +34,7 @@ def rms_error(got, want) -> float:
     return float(np.sqrt(((got - want) ** 2).mean() / max((want**2).mean(), 1e-30)))
 
 
-def value_and_gradients(f, arrays):
+def value_and_gradients(f, arrays, jit=jax.jit):
     """f(*arrays) and the pull-back of a fixed random cotangent, all in one compiled program."""
 
     def run(*arrays):
@@ -44,7 +44,7 @@ def value_and_gradients(f, arrays):
         cotangent = jax.tree.unflatten(tree, [jnp.asarray(w, x.dtype) for w, x in zip(weights, leaves, strict=True)])
         return (*leaves, *pull(cotangent))
 
-    return jax.jit(run)(*arrays)
+    return jit(run)(*arrays)
 
 
 def check_numerics(case: Case, dtype, implementation="interpret", bound=None) -> None:

@@ -8,6 +8,7 @@ from jaxvram.kernels.attention import attention
 from jaxvram.kernels.causal_conv import causal_conv
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
+from jaxvram.models.retnet import RetNetConfig, places, retain
 from jaxvram.vram import cards
 from jaxvram.vram.compile import compile_for
 
@@ -16,6 +17,9 @@ H, G, P, M = 4, 1, 64, 128  # heads, groups, values a head and keys of the scala
 f32, bf16 = jnp.float32, jnp.bfloat16
 spec = jax.ShapeDtypeStruct
 CHANNELS, STATES = spec((B, T, E), bf16), spec((B, T, N), bf16)
+
+RETNET = RetNetConfig(n_embd=H * M, n_head=H, d_value=H * P)
+PLACES = places(RETNET, jnp.zeros((B, T), jnp.int32), None, None)
 
 CASES = {  # op, arguments, bytes a token as the docstring has them
     "selective_scan": (
@@ -27,6 +31,11 @@ CASES = {  # op, arguments, bytes a token as the docstring has them
         lambda q, k, v, g, w: scalar_decay(q, k, v, g, w)[0],
         (*[spec((B, T, G, M), bf16)] * 2, spec((B, T, H, P), bf16), *[spec((B, T, H), f32)] * 2),
         H * P * (2 + 2 * 2 * M / (P * H // G) + 2 * 4 / P),
+    ),
+    "retention": (
+        lambda q, k, v, g: retain(q, k, v, g, PLACES, RETNET)[0],
+        (*[spec((B, T, H, M), bf16)] * 2, *[spec((B, T, H, P), bf16)] * 2),
+        H * P * (4 * M / P + 6) + H * 4 + 16 * M / B,
     ),
     "causal_conv": (
         lambda x, kernel, bias: causal_conv(x, kernel, bias)[0],

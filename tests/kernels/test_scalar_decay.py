@@ -2,15 +2,20 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import proof
 import pytest
+import quick
 
-from jaxvram.kernels import scalar_decay_xla
+from jaxvram.kernels import scalar_decay_pallas, scalar_decay_xla
+from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference
+from jaxvram.vram import cards
+from jaxvram.vram.compile import compile_for
 
 FORWARD = {"scalar_decay_forward"}
 NAMES = FORWARD | {f"scalar_decay_{name}" for name in ("states_from_start", "states_from_end", "by_head", "by_group")}
@@ -35,7 +40,8 @@ class Call:
         q, k, v = (rng.normal(0, 1, shape) for shape in ((B, T, G, N), (B, T, G, N), (B, T, H, P)))
         usual = -np.log1p(np.exp(rng.normal(-1, 2, (B, T, H))))
         mixed = np.where(usual < -1, -100.0, -1e-3)
-        drawn = {"slow": np.full_like(usual, -1e-6), "fast": usual - 20, "mixed": mixed}
+        fixed = np.log1p(-(2.0 ** (-2 - np.arange(H))))
+        drawn = {"fixed": fixed, "slow": np.full_like(usual, -1e-6), "fast": usual - 20, "mixed": mixed}
         arrays = [jnp.asarray(x, dtype) for x in (q, k, v)] + [jnp.float32(drawn.get(self.decay, usual))]
         if self.weight:
             arrays.append(jnp.float32(np.log1p(np.exp(rng.normal(0, 1, (B, T, H))))))
@@ -72,14 +78,22 @@ CALLS = {
     "slow": Call(T=40, decay="slow"),
     "fast": Call(T=40, decay="fast"),
     "mixed": Call(T=90, decay="mixed", resets=True),
+    "wide": Call(B=1, T=70, P=20, N=200, resets=True),
+    "retention": Call(T=67, G=2, P=27, N=24, weight=False, decay="fixed", resets=True),
+    "wide_retention": Call(B=1, T=130, G=2, P=43, N=256, weight=False, decay="fixed", resets=True),
+    "fixed_and_weighted": Call(B=1, T=40, H=4, P=20, N=20, decay="fixed"),
 }
+
+
+LONG = ("mamba2", "wide_retention")  # of more than one segment, where a segment is a chunk
 
 
 def slopes_by_numpy(call, arrays):
     """Values, and all gradients of a fixed cotangent, in float64: token by token, backwards by the adjoint recurrence."""
     q, k, v, g, *_ = (np.asarray(x, np.float64) for x in arrays)
     options = {name: np.asarray(x, np.float64) for name, x in call.options(arrays).items()}
-    B, T, H, P, N = *g.shape, call.P, call.N
+    B, T, H, P, N = *v.shape[:3], call.P, call.N
+    g = np.broadcast_to(g, (B, T, H))
     heads = np.arange(H) * call.G // H
     q, k = q[:, :, heads], k[:, :, heads]
     w, resets = options.get("weight_BxTxH", np.ones_like(g)), options.get("resets_BxT", np.zeros((B, T)))
@@ -103,25 +117,30 @@ def slopes_by_numpy(call, arrays):
         dh, last = decay[:, t, :, None, None] * dh, states[t]
     dq, dk, dv, dg, dw = (np.stack(x[::-1], 1) for x in results)
     dq, dk = (x.reshape(B, T, call.G, H // call.G, N).sum(3) for x in (dq, dk))
+    dg = np.zeros(H) if call.decay == "fixed" else dg  # a constant
     return [o, h, dq, dk, dv, dg, *([dw] if call.weight else []), *([dh] if call.state else [])]
 
 
-@pytest.mark.parametrize("implementation", ["interpret", "xla", "xla_segments"])
+@pytest.mark.parametrize("implementation", ["interpret", "interpret_segments", "xla", "xla_segments"])
 @pytest.mark.parametrize("name", CALLS)
 def test_equals_numpy_in_float64(name, implementation, monkeypatch):
     """Values and every gradient; at fast decays the slope of g is 1e-9 of what begins and ends, and right nevertheless."""
     if implementation == "xla_segments":
         monkeypatch.setattr(scalar_decay_xla, "CHUNK", 16)
         monkeypatch.setattr(scalar_decay_xla, "SEGMENT_BUDGET", 1)  # a chunk at a time
+    if implementation == "interpret_segments":
+        if name not in LONG:
+            pytest.skip("one chunk")
+        monkeypatch.setattr(scalar_decay_pallas, "BUDGET", 1)
     call = CALLS[name]
     arrays = call.make(np.random.RandomState(0), jnp.float32)
     run = functools.partial(call.case().call, implementation.partition("_")[0])
-    got = proof.value_and_gradients(run, arrays)
+    got = proof.value_and_gradients(run, arrays, quick.jit)
     errors = [proof.rms_error(g, w) for g, w in zip(got, slopes_by_numpy(call, arrays), strict=True)]
     assert max(errors) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", ["groups_and_documents", "fast"])
+@pytest.mark.parametrize("name", ["groups_and_documents", "fast", "retention"])
 def test_the_definition(name):
     call = CALLS[name]
     arrays = call.make(np.random.RandomState(0), jnp.float32)
@@ -131,7 +150,7 @@ def test_the_definition(name):
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
-@pytest.mark.parametrize("name", ["mamba2", "groups_and_documents"])
+@pytest.mark.parametrize("name", ["mamba2", "groups_and_documents", "wide_retention"])
 def test_bf16(name, implementation):
     proof.check_numerics(CALLS[name].case(), jnp.bfloat16, implementation)
 
@@ -230,13 +249,14 @@ def test_what_makes_no_sense_is_told(change, message):
         scalar_decay(**(arrays | change))
 
 
-def code_of(B, T, G, H, P, N, dtype, resets=False):
+def code_of(B, T, G, H, P, N, dtype, resets=False, constant=False):
+    """`constant`: retention, with its decays and no weights."""
     spec = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
-    fp32 = spec(B, T, H, dtype=jnp.float32)
-    mask = np.zeros((B, T), bool) if resets else None
-    loss = lambda *arrays: scalar_decay(*arrays, resets_BxT=mask)[0].astype(jnp.float32).sum()
-    args = spec(B, T, G, N), spec(B, T, G, N), spec(B, T, H, P), fp32, fp32
-    return jax.value_and_grad(loss, tuple(range(5))), args
+    rows = () if constant else (spec(B, T, H, dtype=jnp.float32),) * 2
+    mask, gammas = np.zeros((B, T), bool) if resets else None, (log_gammas(H),) if constant else ()
+    loss = lambda *arrays: scalar_decay(*arrays, *gammas, resets_BxT=mask)[0].astype(jnp.float32).sum()
+    args = spec(B, T, G, N), spec(B, T, G, N), spec(B, T, H, P), *rows
+    return jax.value_and_grad(loss, tuple(range(len(args)))), args
 
 
 MAMBA2 = (8, 2048, 1, 24, 64, 128)
@@ -260,3 +280,42 @@ def test_machine_code_of_other_sizes(shape):
 @pytest.mark.parametrize("N", [64, 100, 128])
 def test_machine_code_in_fp32(N):
     proof.check_machine_code(*code_of(2, 100, 1, 2, 64, N, jnp.float32), "rtx4070", NAMES, False)
+
+
+RETNET = (4, 2048, 4, 4, 432, 256)  # medium
+WALKS = {f"scalar_decay_{name}" for name in ("states_from_start", "states_from_end")}
+RETAINED = WALKS | {f"scalar_decay_{name}" for name in ("outputs", "dv", "by_group")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", proof.CARDS)
+def test_machine_code_of_retention(card):
+    proof.check_machine_code(*code_of(*RETNET, jnp.bfloat16, constant=True), card, RETAINED, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2047, 10, 10, 428, 256), (2, 1024, 8, 8, 512, 256), (1, 999, 3, 3, 200, 200)])
+def test_machine_code_of_other_retention(shape):
+    """Values of 428 (3b, 13b) and 512, lengths and keys that no tile divides, and documents."""
+    proof.check_machine_code(*code_of(*shape, jnp.bfloat16, resets=True, constant=True), "rtx4070", RETAINED, True)
+
+
+@pytest.mark.slow
+def test_machine_code_of_narrow_retention_and_of_wide_keys_with_decays():
+    narrow = FORWARD | RETAINED - {"scalar_decay_outputs"}
+    proof.check_machine_code(*code_of(1, 512, 2, 2, 64, 64, jnp.bfloat16, constant=True), "rtx4070", narrow, True)
+    wide = WALKS | {f"scalar_decay_{name}" for name in ("outputs", "by_head", "by_group")}
+    proof.check_machine_code(*code_of(1, 512, 1, 2, 128, 256, jnp.bfloat16), "rtx4070", wide, True)
+    proof.check_machine_code(*code_of(1, 100, 1, 1, 428, 256, jnp.float32), "rtx4070", wide, False)
+
+
+@pytest.mark.slow
+def test_what_a_layer_makes_on_its_way_does_not_grow_with_length():
+    """The peak is arguments, results, and what does not depend on T: an o and its gradient, and a segment's rest."""
+    rest = {}
+    for T in (16_384, 65_536):
+        fn, args = code_of(1, T, 4, 4, 432, 256, jnp.bfloat16, constant=True)
+        compiled = compile_for(cards.find("rtx4070"), fn, args)
+        inputs = sum(math.prod(x.shape) * 2 for x in args)
+        rest[T] = compiled.peak_bytes - 2 * inputs - 2 * (2 * T * 4 * 432)
+    assert rest[16_384] < 360 * 2**20 and rest[65_536] < 1.1 * rest[16_384]
