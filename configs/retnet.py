@@ -5,7 +5,7 @@
   python launch.py --config=configs/retnet.py --mode=plan --card=rtx4070
 
   variant    parameters  card      time             planned peak  loss to expect
-  medium         306 M   RTX 4070  10 days for 10B  6.5 GiB       not published for this size or these data
+  medium         306 M   RTX 4070  10 days for 10B  5.9 GiB       not published for this size or these data
   base            71 M   RTX 4070  2 days for 10B   3.6 GiB       likewise
   xl           1,426 M   RTX 4070  to fine-tune     6.7 GiB       likewise
   tiny           3.4 M   2 cores   2 minutes        0.2 GiB       training loss from 10.8 to about 5 on Python's help text
