@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxvram.kernels import segments
 from jaxvram.kernels.backend import HIDDEN, LOG2_E
 
 CHUNK = 64
@@ -61,7 +62,6 @@ def _sums(x):
     """Running sums along the last axis, by a product: one operation, where XLA's cumsum is a dozen."""
     C = x.shape[-1]
     return jnp.matmul(x, jnp.tri(C, dtype=x.dtype).T, precision=jax.lax.Precision.HIGHEST)
-
 
 
 def product(spec: str, *operands, dtype):
@@ -178,22 +178,6 @@ def _segments(v_BxTxHxP) -> tuple[int, int, int]:
     return C, C * -(-chunks // count), count
 
 
-def _walk(step, carry, arrays, L: int, count: int, extra=None, reverse=False):
-    """scan of step(carry, the arrays' segment of L tokens, extra's entry) over the segments; results end to end."""
-    T = jax.tree.leaves(arrays)[0].shape[1]
-    if count == 1:
-        return step(carry, arrays, None if extra is None else extra[0])
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, L * count - T)] + [(0, 0)] * (x.ndim - 2))
-    arrays = jax.tree.map(pad, arrays)
-
-    def of_segment(carry, this):
-        i, extra = this
-        return step(carry, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * L, L, 1), arrays), extra)
-
-    carry, ys = jax.lax.scan(of_segment, carry, (jnp.arange(count), extra), reverse=reverse)
-    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T], ys)
-
-
 def _grouped(h_BxHxPxN, G: int):
     B, H, P, N = h_BxHxPxN.shape
     return h_BxHxPxN.reshape(B, G, H // G, P, N)
@@ -208,7 +192,7 @@ def forward(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_Bx
         return h, o_BxLxHxP.astype(v_BxTxHxP.dtype)
 
     arrays = (q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, resets_BxT)
-    h, o_BxTxHxP = _walk(step, _grouped(h_BxHxPxN, q_BxTxGxN.shape[2]), arrays, L, count)
+    h, o_BxTxHxP = segments.walk(step, _grouped(h_BxHxPxN, q_BxTxGxN.shape[2]), arrays, L, count)
     return o_BxTxHxP, h.reshape(h_BxHxPxN.shape)
 
 
@@ -220,7 +204,7 @@ def backward(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_B
     h = _grouped(h_BxHxPxN, G)
     before = h[None]
     if count > 1:
-        _, before = _walk(lambda h, arrays, _: (_Segment(*arrays, C).states(h)[1], h[:, None]), h, arrays, L, count)
+        _, before = segments.walk(lambda h, arrays, _: (_Segment(*arrays, C).states(h)[1], h[:, None]), h, arrays, L, count)
         before = jnp.moveaxis(before, 1, 0)
 
     def step(dh, both, h):
@@ -229,5 +213,5 @@ def backward(q_BxTxGxN, k_BxTxGxN, v_BxTxHxP, log_decay_BxTxH, weight_BxTxH, h_B
         dtypes = [x.dtype for x in arrays[:5]]
         return dh, [x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
 
-    dh, gradients = _walk(step, _grouped(dh_BxHxPxN, G), (arrays, do_BxTxHxP), L, count, before, reverse=True)
+    dh, gradients = segments.walk(step, _grouped(dh_BxHxPxN, G), (arrays, do_BxTxHxP), L, count, before, reverse=True)
     return (*gradients, dh.reshape(h_BxHxPxN.shape))

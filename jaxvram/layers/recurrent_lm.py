@@ -44,10 +44,13 @@ class RecurrentLM(nn.Module):
           state: None (training on whole sequences: none is returned), or `initial_state` or what an earlier call returned.
         """
         resets_BxT = tokens_BxT == self.cfg.reset_token if self.cfg.reset_token >= 0 else None
-        x_BxTxD, state = self.layers(self.embedding(tokens_BxT), state, resets_BxT, deterministic=deterministic)
+        x_BxTxD, state = self.run_layers(self.embedding(tokens_BxT), state, resets_BxT, deterministic)
         if not self.cfg.tie_head:
             self.lm_head.rows_VxD()  # else `init`, which only runs this method, would not make it
         return self.norm_f(x_BxTxD), state
+
+    def run_layers(self, x_BxTxD, state, resets_BxT, deterministic: bool):
+        return self.layers(x_BxTxD, state, resets_BxT, deterministic=deterministic)
 
     def head_VxD(self):
         return self.embedding.embedding if self.cfg.tie_head else self.lm_head.rows_VxD()

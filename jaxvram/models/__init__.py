@@ -5,6 +5,7 @@ from jaxvram.models.gpt2 import GPT2, GPT2Config
 from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
+from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
 
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
@@ -12,6 +13,7 @@ MODELS = {
     "llama": (Llama, LlamaConfig),
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
+    "rwkv7": (RWKV7, RWKV7Config),
 }
 
 

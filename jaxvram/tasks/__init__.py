@@ -11,4 +11,5 @@ from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
-TASK_OF = dict.fromkeys(("gpt2", "llama", "mamba", "mamba2"), "language") | {"dit": "diffusion"}  # by the model's name
+# by the model's name
+TASK_OF = dict.fromkeys(("gpt2", "llama", "mamba", "mamba2", "rwkv7"), "language") | {"dit": "diffusion"}
