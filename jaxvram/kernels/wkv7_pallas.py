@@ -174,8 +174,8 @@ def _gradients_kernel(*refs):
     """Of r, k and v, and their part of that of the log decay.
 
     That is the sum of all that crosses a token: what is read there or behind less what begins there, and what began before
-    it and is in the state. What a token itself adds, k_t (beta_t) seen by r_t, knows no decay, and is kept apart: it need not
-    cancel.
+    it and is in the state. What a token itself adds, k_t (beta_t) seen by r_t, knows no decay, and is kept apart: it need
+    not cancel.
     """
     chunk, dy, U, dZ, s, ds, (dr_ref, dg_ref, dk_ref, dv_ref) = _of_one_chunk(refs, 4)
     dot, from_start, to_end = backend.dot, chunk.from_start_C[None, :], chunk.to_end_C[None, :]

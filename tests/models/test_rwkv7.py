@@ -18,8 +18,8 @@ from jaxvram.models.rwkv7 import RWKV7, SIZES, RWKV7Config
 from jaxvram.sample.text import generate
 
 CFG = RWKV7Config(
-    vocab_size=29, vocab_multiple=8, block_size=40, n_layer=3, n_embd=16, head_dim=8, d_ffn=24, d_decay=3, d_rate=3, d_value=2,
-    d_gate=5, remat="none", dtype="float32",
+    vocab_size=29, vocab_multiple=8, block_size=40, n_layer=3, n_embd=16, head_dim=8, d_ffn=24, d_decay=3, d_rate=3,
+    d_value=2, d_gate=5, remat="none", dtype="float32",
 )  # fmt: skip
 B, T = 2, 40
 
