@@ -61,7 +61,8 @@ class Stack(nn.Module):
         else:
             placed = lambda layer: self.block(self.cfg, layer=layer, parent=None)
             places = self.first + jnp.arange(self.n_layers)
-            layers = jax.vmap(lambda key, layer: one_layer(key, placed(layer)))(keys, places)
+            # One by one: a batch of orthogonal matrices can hang XLA:CPU, whose threads wait for each other.
+            layers = jax.lax.map(lambda of: one_layer(of[0], placed(of[1])), (keys, places))
         for name, value in layers.items():
             self.put_variable("params", name, value)
 
