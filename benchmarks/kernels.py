@@ -3,8 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention and products with NF4 weights, the same: ours, and
-the XLA path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 weights,
+the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
@@ -28,6 +28,7 @@ from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # no
 from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
+from jaxvram.kernels.wkv7 import wkv7, wkv7_reference  # noqa: E402
 
 ATTENTION = [  # B, T, H, G, K, causal
     (4, 1024, 12, 12, 64, True),
@@ -39,6 +40,7 @@ CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
 SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
 RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
+WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
@@ -108,6 +110,19 @@ def retention_sides(B, T, H, P, N):
     return {name: o(name) for name in OURS_AND_XLA}, reference, (q, N**-0.5 * k, v), 3
 
 
+def wkv7_sides(B, T, H, N):
+    """Inputs as a fresh RWKV-7 has them, but for keys that are as large as values."""
+    bf16, keys = jnp.bfloat16, jax.random.split(jax.random.key(0), 6)
+    r, k, v, kappa = (jax.random.normal(key, (B, T, H, N)) for key in keys[:4])
+    kappa /= jnp.linalg.norm(kappa, axis=-1, keepdims=True)
+    log_decay = -0.6065 * jax.nn.sigmoid(jax.random.uniform(keys[4], (B, T, H, N), minval=-6.0, maxval=3.0))
+    a = jax.nn.sigmoid(jax.random.normal(keys[5], (B, T, H, N)))
+    y = lambda scan, **options: lambda *args: scan(*args, **options)[0]
+    sides = {name: y(wkv7, implementation=name) for name in OURS_AND_XLA}
+    args = (r.astype(bf16), log_decay, *(x.astype(bf16) for x in (N**-0.5 * k, v, kappa, a)))
+    return sides, y(wkv7_reference), args, 6
+
+
 def nf4_linear_sides(N, F, D):
     keys = jax.random.split(jax.random.key(0), 2)
     weight = quantize(0.02 * jax.random.normal(keys[0], (F, D)))
@@ -174,6 +189,7 @@ def cases() -> list[tuple]:
         "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
         "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
         "retention": (retention_sides, RETENTION),
+        "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
     }
     return [

@@ -19,7 +19,7 @@ from jaxvram.errors import UserError, nearest
 
 NAMES = ("text", "instructions", "sort", "adder", "copying", "induction")
 DATASETS = ("shakespeare", "fineweb", "offline")
-TOKENIZERS = ("char", "gpt2", "neox", "file")
+TOKENIZERS = ("char", "gpt2", "neox", "world", "file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,9 @@ class DataConfig:
     name: str = "text"  # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
     dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (of every Python: text, instructions)
     path: str | None = None  # instead: text, folder of texts, nanoGPT's folder, llm.c's shard, folder or glob; JSON
-    tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia, RWKV-4) | file (what vocab_path names)
+    tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia) | world (RWKV's) | file (vocab_path's)
     # gpt2: folder with encoder.json or vocab.json; neox: tokenizer.json or its folder; None: found or downloaded.
+    # world: rwkv_vocab_v20230424.txt or its folder; None: that of the rwkv package
     # file: a tokenizer.json, tokenizer.model or .gguf, or a folder with one of them
     vocab_path: str | None = None
     val_fraction: float = 0.1  # of a text without a val split of its own: its tail; of instructions: drawn

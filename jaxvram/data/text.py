@@ -13,6 +13,7 @@ from jaxvram.data.file_tokenizers import file_tokenizer, neox_tokenizer
 from jaxvram.data.order import SPLITS, example_indices
 from jaxvram.data.shards import check_vocabulary, find_shards, read_nanogpt, read_shard, token_dtype
 from jaxvram.data.tokenizers import CharTokenizer, gpt2_tokenizer
+from jaxvram.data.world_tokenizer import world_tokenizer
 from jaxvram.errors import UserError, nearest
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -168,6 +169,8 @@ def named_tokenizer(name: str, vocab_path: str | None = None, download: bool = T
     """The tokenizer that data.tokenizer names; characters have none before there is a text."""
     if name == "file":
         return file_tokenizer(vocab_path)
+    if name == "world":
+        return world_tokenizer(vocab_path)
     return {"gpt2": gpt2_tokenizer, "neox": neox_tokenizer}[name](vocab_path, download)
 
 

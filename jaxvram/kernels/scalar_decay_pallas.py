@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import HIDDEN
-from jaxvram.kernels.scalar_decay_segments import walk, walk_back
 from jaxvram.kernels.scalar_decay_tiles import KEYS, Span, block_of, blocks_of, load, store, tiles_for, walkers
 from jaxvram.kernels.scalar_decay_xla import Decays, decays
+from jaxvram.kernels.segments import walk, walk_back
 
 BUDGET = 128 * 2**20  # bytes of the states before all chunks of a segment; a longer sequence has more segments
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.kernels.backend import HIDDEN, LOG2_E
-from jaxvram.kernels.scalar_decay_segments import walk, walk_back
+from jaxvram.kernels.segments import walk, walk_back
 
 CHUNK = 64
 SEGMENT_BUDGET = 32 * 2**20  # bytes of one (tokens, tokens) array of fp32 of all chunks that are computed side by side

@@ -33,19 +33,25 @@ class Head(nn.Module):
     features: int
     param_dtype: jnp.dtype = jnp.float32
     std: float = 0.02
+    init: nn.initializers.Initializer | None = None  # of rows; None: normal numbers of that deviation
 
     @nn.compact
     def rows_VxD(self):
-        padded = padded_normal(self.vocab_size, self.std)
+        padded = padded_rows(self.vocab_size, self.init or nn.initializers.normal(self.std))
         kernel_init = lambda key, shape, dtype: padded(key, shape[::-1], dtype).T
         return self.param("kernel", kernel_init, (self.features, self.table_rows), self.param_dtype).T
 
 
 def padded_normal(vocab_size: int, std: float = 0.02):
     """N(0, std) in the first `vocab_size` rows, zero in the padding (llm.c)."""
+    return padded_rows(vocab_size, nn.initializers.normal(std))
 
-    def init(key, shape, dtype):
-        rows = nn.initializers.normal(std)(key, (vocab_size, *shape[1:]), dtype)
+
+def padded_rows(vocab_size: int, init: nn.initializers.Initializer):
+    """What `init` gives in the first `vocab_size` rows, zero in the padding."""
+
+    def padded(key, shape, dtype):
+        rows = init(key, (vocab_size, *shape[1:]), dtype)
         return jnp.pad(rows, ((0, shape[0] - vocab_size), (0, 0)))
 
-    return init
+    return padded

@@ -48,7 +48,7 @@ class RecurrentLM(nn.Module):
         """
         resets_BxT = tokens_BxT == self.cfg.reset_token if self.cfg.reset_token >= 0 else None
         extras = self.extras(tokens_BxT, state, resets_BxT)
-        x_BxTxD, state = self.layers(self.embed(tokens_BxT), state, *extras, deterministic=deterministic)
+        x_BxTxD, state = self.run_layers(self.embed(tokens_BxT), state, extras, deterministic)
         if not self.cfg.tie_head:
             self.lm_head.rows_VxD()  # else `init`, which only runs this method, would not make it
         return self.norm_f(x_BxTxD), state
@@ -60,6 +60,9 @@ class RecurrentLM(nn.Module):
     def extras(self, tokens_BxT, state, resets_BxT) -> tuple:
         """What every layer reads beside the stream and its state."""
         return (resets_BxT,)
+
+    def run_layers(self, x_BxTxD, state, extras: tuple, deterministic: bool):
+        return self.layers(x_BxTxD, state, *extras, deterministic=deterministic)
 
     def head_VxD(self):
         return self.embedding.embedding if self.cfg.tie_head else self.lm_head.rows_VxD()

@@ -34,6 +34,7 @@ class Stack(nn.Module):
     n_layers: int
     remat: str = "none"
     unroll: bool = False  # no loop in the compiled program: compiles longer, XLA sees all layers at once
+    first: int | None = None  # blocks start from weights that depend on their place: field `layer`, this for the first one
 
     @nn.compact
     def __call__(self, carry, state_L=None, *extras, deterministic: bool = True):
@@ -53,8 +54,15 @@ class Stack(nn.Module):
 
     def _init_layers(self, block, carry, state_L, extras):
         state = jax.tree.map(lambda s: s[0], state_L)
-        one_layer = lambda key: block.init(key, carry, state, *extras)["params"]
-        layers = jax.vmap(one_layer)(jax.random.split(self.make_rng("params"), self.n_layers))
+        keys = jax.random.split(self.make_rng("params"), self.n_layers)
+        one_layer = lambda key, block: block.init(key, carry, state, *extras)["params"]
+        if self.first is None:
+            layers = jax.vmap(lambda key: one_layer(key, block))(keys)
+        else:
+            placed = lambda layer: self.block(self.cfg, layer=layer, parent=None)
+            places = self.first + jnp.arange(self.n_layers)
+            # One by one: a batch of orthogonal matrices can hang XLA:CPU, whose threads wait for each other.
+            layers = jax.lax.map(lambda of: one_layer(of[0], placed(of[1])), (keys, places))
         for name, value in layers.items():
             self.put_variable("params", name, value)
 
@@ -62,9 +70,7 @@ class Stack(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is none of {REMAT}")
         # A scan already keeps XLA from merging the recomputation with the forward pass; straight-line code does not.
-        checkpoint = functools.partial(jax.checkpoint, prevent_cse=self.unroll)
-        if self.remat == "dots":
-            checkpoint = functools.partial(checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        checkpoint = functools.partial(jax.checkpoint, prevent_cse=self.unroll, policy=policy_of(self.remat))
         if self.remat != "none":
             layer = checkpoint(layer)
         scan = lambda f, carry, xs: jax.lax.scan(f, carry, xs, unroll=self.n_layers if self.unroll else 1)
@@ -74,6 +80,11 @@ class Stack(nn.Module):
         grouped = jax.tree.map(lambda x: x.reshape(groups, self.n_layers // groups, *x.shape[1:]), xs)
         carry, ys = scan(checkpoint(lambda carry, group: scan(layer, carry, group)), carry, grouped)
         return carry, jax.tree.map(lambda y: y.reshape(self.n_layers, *y.shape[2:]), ys)
+
+
+def policy_of(remat: str):
+    """What `jax.checkpoint` keeps of a block; None: what goes in."""
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
 
 
 def group_count(n_layers: int) -> int:

@@ -6,6 +6,7 @@ from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 from jaxvram.models.retnet import RetNet, RetNetConfig
+from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
 
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
@@ -14,6 +15,7 @@ MODELS = {
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
     "retnet": (RetNet, RetNetConfig),
+    "rwkv7": (RWKV7, RWKV7Config),
 }
 
 

@@ -17,6 +17,7 @@ from jaxvram.kernels import (
     nf4_pallas,
     scalar_decay_pallas,
     selective_scan_pallas,
+    wkv7_pallas,
 )
 from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
@@ -26,6 +27,7 @@ from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entr
 from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
+from jaxvram.kernels.wkv7 import wkv7
 from jaxvram.vram.cards import Card
 from jaxvram.vram.compile import compile_for
 
@@ -132,6 +134,27 @@ def scalar_decay_probe(what: str, B, T, G, H, P, N, *, retention=False) -> Probe
     return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, args, work)
 
 
+def wkv7_probe(what: str, B, T, H, N) -> Probe:
+    """bf16. States and their gradients at the chunks' bounds go through memory in the backward pass."""
+    spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
+    channels, C = B * T * H * N, wkv7_pallas.CHUNK
+    inputs, state, products = 14, 2 * N // C, (2 * N, 2 * C)  # bytes a channel; FLOPs of a product with a state, in a chunk
+    of = lambda tile, states, pairs, count: Work(
+        tile, channels * (states * products[0] + pairs * products[1]), channels * (inputs + count)
+    )
+    work = {
+        "wkv7_forward": of(wkv7_pallas.FORWARD, 4, 8, 2),
+        "wkv7_states": of(wkv7_pallas.STATES, 3, 4, 2 + state),
+        "wkv7_states_back": of(wkv7_pallas.STATES_BACK, 3, 4, 4 + state),
+        "wkv7_gradients": of(wkv7_pallas.GRADIENTS, 3, 11, 16 + 2 * state),
+        "wkv7_gradients_of_removal": of(wkv7_pallas.GRADIENTS, 2, 7, 18 + 2 * state),
+    }
+    shape = (B, T, H, N)
+    args = tuple(spec(shape, f32 if i == 1 else bf16) for i in range(6))
+    fn = jax.value_and_grad(lambda *a: wkv7(*a)[0].astype(f32).sum(), tuple(range(6)))
+    return Probe(f"{what} {B}x{T}, {H} heads of {N}", fn, args, work)
+
+
 def nf4_probe(what: str, N, F, D, *, backward=True) -> Probe:
     """bf16. Codes and decoded absmax are read by each block of rows; the rest, of few rows, is next to nothing."""
     rows = jax.ShapeDtypeStruct((N, D), jnp.bfloat16)
@@ -162,6 +185,7 @@ def probes() -> list[Probe]:
         selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
         scalar_decay_probe("RetNet medium", 4, 2048, 4, 4, 432, 256, retention=True),
+        wkv7_probe("RWKV-7 0.1B", 16, 512, 12, 64),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),
     ]
