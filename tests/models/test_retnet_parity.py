@@ -10,6 +10,7 @@ import make_retnet
 import numpy as np
 import parity
 import pytest
+import quick
 from quick import relative_error
 
 from jaxvram import models
@@ -84,7 +85,7 @@ def test_parameter_counts_and_starting_weights_are_torchscales():
     theirs = make_retnet.decoder(torchscale_config("base") | {"decoder_layers": 1})
     std = {name: float(p.detach().std()) for name, p in theirs.named_parameters() if p.ndim == 2}
     cfg = RetNetConfig(vocab_size=64, **small)
-    ours = jax.tree.map(np.asarray, models.build(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    ours = jax.tree.map(np.asarray, quick.jit(fresh(cfg))(jax.random.key(0)))
     ratio = {"retention/out_proj": 0.5}
     for path, kernel in jax.tree.leaves_with_path(ours["layers"]):
         name = "/".join(key.key for key in path[:-1])
@@ -103,6 +104,9 @@ def torchscale_config(name):
     }  # fmt: skip
 
 
+def fresh(cfg):
+    return lambda key: models.build(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def count(cfg):
-    shapes = jax.eval_shape(lambda: models.build(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(fresh(cfg), jax.random.key(0))))
