@@ -104,7 +104,7 @@ def test_starting_weights():
 def test_causal():
     """No gradient from a token to what comes before it, and some to all that comes after."""
     model, params = model_and_params(CFG)
-    hidden = lambda x: model.apply({"params": params}, x, None, None, True, method="run_layers")[0].sum((0, 2))
+    hidden = lambda x: model.apply({"params": params}, x, None, (None,), True, method="run_layers")[0].sum((0, 2))
     x = np.random.RandomState(0).normal(size=(1, 19, 16)).astype(np.float32)
     reach = np.abs(quick.jit(jax.jacobian(hidden))(x)).sum((1, 3))  # (to, from)
     assert (np.triu(reach, 1) == 0).all() and (reach[np.tril_indices(19)] > 0).all()
