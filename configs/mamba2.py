@@ -6,9 +6,9 @@
   python launch.py --config=configs/mamba2.py --mode=plan --card=rtx4070
 
   variant    parameters  card      time             planned peak  what to expect
-  130m         129 M   RTX 4070  4 days for 10B     4.4 GiB       perplexity 10.5 on the Pile after 300B tokens (paper)
-  370m         368 M   RTX 4070  2 weeks for 10B    8.8 GiB       8.2, likewise
-  780m         780 M   RTX 4070  4 weeks for 10B    10.3 GiB      7.3, likewise
+  130m         129 M   RTX 4070  4 days for 10B     3.9 GiB       perplexity 10.5 on the Pile after 300B tokens (paper)
+  370m         368 M   RTX 4070  2 weeks for 10B    7.8 GiB       8.2, likewise
+  780m         780 M   RTX 4070  4 weeks for 10B    7.7 GiB       7.3, likewise
   1.3b       1,344 M   RTX 4070  to fine-tune       7.2 GiB       6.8, likewise, before
   copying      0.1 M   2 cores   20 minutes         0.2 GiB       99.8 % of held-out problems right
   induction    0.1 M   2 cores   3 minutes          0.1 GiB       99.8 % of held-out problems right
