@@ -122,7 +122,7 @@ def picture(records: dict) -> bytes:
 
     figure = Figure(figsize=(11, 1.2 + 0.4 * len(records)), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.16, 0.8 / figure.get_figheight(), 0.8, 1 - 1.3 / figure.get_figheight()))
+    axes = figure.add_axes((0.19, 0.7 / figure.get_figheight(), 0.78, 1 - 1.2 / figure.get_figheight()))
     drawn = set()
     for row, record in enumerate(records.values()):
         leanest = best_of_torch(record, eight_bit=False)
@@ -145,7 +145,7 @@ def picture(records: dict) -> bytes:
     axes.set_xlabel(f"GiB at the peak of a train step, the same optimizer on both sides; the line: what a {CARD} has to use")
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", frameon=True, framealpha=1)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
