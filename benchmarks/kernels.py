@@ -3,8 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-5, 6 and 7 and products with
-NF4 weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-5, 6 and 7 and products
+with NF4 weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
