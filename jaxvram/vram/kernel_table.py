@@ -168,10 +168,10 @@ def wkv6_probe(what: str, B, T, H, N, *, constant=False) -> Probe:
     )
     work = {
         "wkv6_pairs": of(wkv6_pallas.PAIRS, 0, 1 + levels * (1 + parts), 2 * x + g + pairs),
-        "wkv6_forward": of(wkv6_pallas.FORWARD, 2, 1 + 2 * parts, 4 * x + g + pairs),
-        "wkv6_states": of(wkv6_pallas.STATES, 2, 2 * parts, 4 * x + 2 * g + 2 * state),
+        "wkv6_forward": of(wkv6_pallas.FORWARD, 2, 1 + 3 * parts, 4 * x + g + pairs),
+        "wkv6_states": of(wkv6_pallas.STATES, 2, 4 * parts, 4 * x + 2 * g + 2 * state),
         "wkv6_gradients": of(
-            wkv6_pallas.GRADIENTS, 3, 3 + levels * (3 + 2 * parts) + 4 * parts, 7 * x + 2 * g + 2 * state
+            wkv6_pallas.GRADIENTS, 3, 3 + levels * (3 + 2 * parts) + 5 * parts, 7 * x + 2 * g + 2 * state
         ),
     }
     decay = (H, N) if constant else (B, T, H, N)
