@@ -65,7 +65,7 @@ class _Program:
         read = [(self.load(self.k_ref, t), self.load(self.v_ref, t)) for t, _ in steps]
         resets = [None if self.resets_ref is None else backend.load(self.resets_ref.at[t]) != 0 for t, _ in steps]
         return [
-            (only(there, self.w), only(there, k, EMPTY), v, reset)
+            (only(there, self.w), only(there, k, EMPTY), v, None if reset is None else only(there, reset, False))
             for (k, v), reset, (_, there) in zip(read, resets, steps, strict=True)
         ]
 
