@@ -14,8 +14,8 @@
 
 FineWeb's shards come in GPT-2's tokens, which fill 50,257 of the 50,277 rows that the Pile models have for GPT-NeoX's
 vocabulary; with tokenizer=neox a text is read in that one. Times on a GPU are arithmetic, not measurements: 6 N FLOPs a
-token, of all but the table, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. Nobody has trained the
-large ones to the end.
+token, of all but the table, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. Nobody has trained
+the large ones to the end.
 """
 
 from jaxvram import recipe
