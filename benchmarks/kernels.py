@@ -1,11 +1,13 @@
 """Our kernels on the GPU of this machine, beside XLA and cuDNN: correct first, then time, as ratios.
 
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
+  python benchmarks/kernels.py --only=retention      # that kind alone; what the file has of the others stays
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 weights,
-the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
-by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, RWKV-7's recurrence and products with NF4 weights, the same:
+ours, and the XLA path. Retention: both our forms, whichever `retention` would take at that length, and the XLA path. Nothing
+is timed whose result differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each turn long
+enough to swamp a launch; a ratio is taken within a round.
 """
 
 import argparse
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
-from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
+from jaxvram.kernels.retention import log_gammas, retention_parallel, retention_tiled  # noqa: E402
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
 from jaxvram.kernels.wkv7 import wkv7, wkv7_reference  # noqa: E402
@@ -39,7 +41,11 @@ ATTENTION = [  # B, T, H, G, K, causal
 CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
 SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
-RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
+RETENTION = [  # B, T, H, P, N; the last as flash-linear-attention has it
+    (8, 512, 4, 432, 256),
+    (4, 2048, 4, 432, 256),
+    (8, 2048, 32, 256, 256),
+]
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
@@ -105,9 +111,13 @@ def retention_sides(B, T, H, P, N):
     q, k, v = (
         jax.random.normal(key, (B, T, H, width), jnp.bfloat16) for key, width in zip(keys, (N, N, P), strict=True)
     )
-    o = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
-    reference = lambda q, k, v: retention_parallel(q, k, v, gammas)
-    return {name: o(name) for name in OURS_AND_XLA}, reference, (q, N**-0.5 * k, v), 3
+    chunks = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
+    sides = {
+        "parallel-pallas": lambda q, k, v: retention_tiled(q, k, v, gammas, implementation="pallas"),
+        "chunks-pallas": chunks("pallas"),
+        "xla": chunks("xla"),
+    }
+    return sides, lambda q, k, v: retention_parallel(q, k, v, gammas), (q, N**-0.5 * k, v), 3
 
 
 def wkv7_sides(B, T, H, N):
@@ -172,52 +182,61 @@ def take_turns(programs, args) -> dict:
 
 
 def ratios(result: dict) -> str:
-    """ours against each other side: above 1, ours is faster."""
-    words = []
+    """The first side, ours, against each other one: above 1, ours is faster."""
+    words, first = [], next(iter(result))
     for what in ("forward_us", "forward_backward_us"):
-        ours = result["pallas"].get(what)
-        others = [f"{name} {r[what] / ours:.2f}" for name, r in result.items() if ours and name != "pallas" and what in r]
+        ours = result[first].get(what)
+        others = [f"{name} {r[what] / ours:.2f}" for name, r in result.items() if ours and name != first and what in r]
         words.append(f"{what.removesuffix('_us')} {f'{ours:.0f} us, times: ' + ', '.join(others) if ours else 'WRONG'}")
     return "; ".join(words)
 
 
-def cases() -> list[tuple]:
-    """(name, what makes its sides) of each."""
-    kinds = {
-        "attention": (attention_sides, ATTENTION),
-        "linear_cross_entropy": (cross_entropy_sides, CROSS_ENTROPY),
-        "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
-        "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
-        "retention": (retention_sides, RETENTION),
-        "wkv7": (wkv7_sides, WKV7),
-        "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
-    }
+KINDS = {
+    "attention": (attention_sides, ATTENTION),
+    "linear_cross_entropy": (cross_entropy_sides, CROSS_ENTROPY),
+    "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
+    "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
+    "retention": (retention_sides, RETENTION),
+    "wkv7": (wkv7_sides, WKV7),
+    "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
+}
+
+
+def cases(only: str | None) -> list[tuple]:
+    """(name, what makes its sides) of each; `only`: of that kind."""
     return [
-        (f"{kind} {shape}", functools.partial(sides, *shape)) for kind, (sides, shapes) in kinds.items() for shape in shapes
+        (f"{kind} {shape}", functools.partial(sides, *shape))
+        for kind, (sides, shapes) in KINDS.items()
+        for shape in shapes
+        if only in (None, kind)
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
+    parser.add_argument("--only", choices=KINDS)
     options = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         print("this machine has no GPU to measure on; --mode=kernels of launch.py says what a compiler can", file=sys.stderr)
         return 2
-    started, results = time.monotonic(), {}
-    for name, make in cases():
+    card = device.device_kind
+    default = ROOT / f"benchmarks/results/kernels_{card.removeprefix('NVIDIA ').lower().replace(' ', '_')}.json"
+    out = pathlib.Path(options.out or default)
+    results = json.loads(out.read_text())["results"] if options.only and out.exists() else {}
+    started, made = time.monotonic(), []
+    for name, make in cases(options.only):
         if time.monotonic() - started > LIMIT_SECONDS:
             print(f"{name}: left out, {LIMIT_SECONDS} s are over", flush=True)
             continue
         results[name] = measure(*make())
+        made.append(results[name])
         print(f"{name}: {ratios(results[name])}", flush=True)
-    card = device.device_kind
-    default = ROOT / f"benchmarks/results/kernels_{card.removeprefix('NVIDIA ').lower().replace(' ', '_')}.json"
-    out = pathlib.Path(options.out or default)
     out.write_text(json.dumps({"card": card, "jax": jax.__version__, "results": results}, indent=2) + "\n")
     print(out)
-    return 0 if all("forward_us" in result["pallas"] for result in results.values()) else 1
+    ours = [side for result in made for name, side in result.items() if name.endswith("pallas")]
+    return 0 if all("forward_us" in side for side in ours) else 1
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ sum at the chunk's start s: what came before it is gamma^(n - s + 1) h_(s-1), wi
 
 What runs is chunks or, on an NVIDIA GPU and up to SHORT, the parallel form by tiles (retention_pallas.py). Its products take
 4 (K + P) T FLOPs a token and head, forward and backward, and nothing but inputs and results goes through memory. Those of
-chunks don't grow with T, but a state of K P numbers in bf16 is written or read seven times for each 64 tokens, 7/32 K P bytes
-a token and head. The times of both are equal where T (K + P) / (K P) is 7/128 of the FLOPs that a card makes while it moves
+chunks don't grow with T, but seven times in 64 tokens a state of K P numbers in bf16 is written or read: 7/32 K P bytes a
+token and head. The times of both are equal where T (K + P) / (K P) is 7/128 of the FLOPs that a card makes while it moves
 a byte: at 6.3 on an RTX 4070 (116 of its peaks), which for the paper's heads of 256 keys and 432 values is T = 1,020.
 
 Kept for the backward pass are the inputs alone, in all forms.
