@@ -33,16 +33,18 @@ def tile_for(x_BxTxHxW, z_BxTxHxP) -> Tile:
     """Square. Found by compiling for sm_89, with documents and with ragged lengths: no spills."""
     W, P = x_BxTxHxW.shape[3], z_BxTxHxP.shape[3]
     if z_BxTxHxP.dtype == jnp.float32:
-        return Tile(32, 32, 8, 1)
+        C = 16 if P > 128 and W <= 64 else 32  # few keys are no loop, but one wide piece of code
+        return Tile(C, C, 8 if P > 64 else 4, 1)
     if P <= 128 and W in (16, 32, 64, 128):
         return Tile(64, 64, 4, 2)
     # 8 warps repeat no work: where a sum is wider than it has rows, Triton gives each of them some columns of all rows.
-    return Tile(64, 64, 8, 2 if P > 256 else 3)
+    return Tile(64, 64, 8, 2 if _width(P, 2) > 256 else 3)
 
 
 def _width(P: int, itemsize: int) -> int:
     """Columns of z a program."""
-    return backend.power_of_two(pl.cdiv(P, pl.cdiv(P, WIDEST[itemsize])))
+    widest = WIDEST[itemsize]
+    return backend.power_of_two(P) if P <= widest else widest // 2
 
 
 def reach(log_gamma_H, T: int):
