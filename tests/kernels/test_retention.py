@@ -15,6 +15,7 @@ import quick
 from jaxvram.kernels import retention_pallas
 from jaxvram.kernels.retention import is_short, log_gammas, retention, retention_parallel, retention_tiled
 from jaxvram.kernels.scalar_decay import scalar_decay_reference
+from jaxvram.models.retnet import SIZES, RetNetConfig, places, retain
 
 FAST = np.log(np.float32([0.85, 0.5, 1e-3]))  # reaches of 102, 24 and 2 tokens
 
@@ -179,15 +180,16 @@ def test_reach_and_what_is_left_out():
     assert (jnp.asarray(retention_pallas.reach(jnp.asarray(gammas), 100_000)) == reach_H).all()
 
 
-def programs(**options):
-    """Names of the kernels that a call of the paper's heads is lowered to, forward and backward."""
-    T, state = options.pop("T"), options.pop("state", False)
-    spec = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    args = spec(1, T, 4, 256), spec(1, T, 4, 256), spec(1, T, 4, 432)
-    h = jnp.zeros((1, 4, 432, 256)) if state else None
-    o = lambda *qkv: retention(*qkv, log_gammas(4), h_BxHxPxK=h, **options)[0].astype(jnp.float32).sum()
-    text = str(jax.make_jaxpr(jax.grad(o, (0, 1, 2)))(*args))
-    return {kind for kind in ("retention", "scalar_decay") if f"pallas_{kind}_" in text}
+def kernels_of(T, state=False, **options):
+    """Kinds of kernels that retention in RetNet's `medium` is traced to, forward and backward."""
+    cfg = RetNetConfig(**SIZES["medium"], vocab_size=7, **options)
+    spec = lambda width: jax.ShapeDtypeStruct((1, T, cfg.n_head, width), jnp.bfloat16)
+    where = places(cfg, jnp.zeros((1, T), jnp.int32), None, jnp.zeros((1, T), bool))
+    h = jnp.zeros((1, cfg.n_head, cfg.value_size, cfg.key_size)) if state else None
+    loss = lambda *qkvg: retain(*qkvg, where, cfg, h)[0].astype(jnp.float32).sum()
+    widths = (cfg.key_size, cfg.key_size, cfg.value_size, cfg.value_size)
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*map(spec, widths)))
+    return {kind for kind in ("retention", "scalar_decay") if f"pallas_{kind}_" in program}
 
 
 @pytest.mark.parametrize(
@@ -197,14 +199,14 @@ def programs(**options):
         ({"T": 1029}, {"scalar_decay"}),
         ({"T": 512, "state": True}, {"scalar_decay"}),
         ({"T": 16}, {"retention"}),
-        ({"T": 15, "implementation": "pallas"}, {"scalar_decay"}),
+        ({"T": 15, "kernels": "pallas"}, {"scalar_decay"}),
         ({"T": 15}, set()),
-        ({"T": 512, "implementation": "xla"}, set()),
+        ({"T": 512, "kernels": "xla"}, set()),
     ],
     ids=str,
 )
 def test_who_runs(options, kernels):
-    assert programs(**options) == kernels
+    assert kernels_of(**options) == kernels
 
 
 def test_narrow_heads_turn_to_chunks_sooner():
