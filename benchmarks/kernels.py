@@ -165,6 +165,7 @@ class Compiled:
     wanted: Callable
     programs: dict[str, tuple[Callable, Callable]]
     refused: dict[str, str]  # side -> why
+    names: list[str]  # of the sides, ours first
 
 
 def in_fp32(args) -> list:
@@ -173,7 +174,7 @@ def in_fp32(args) -> list:
 
 def compile_case(make) -> Compiled:
     sides, reference, args, count = make()
-    compiled = Compiled(None, {}, {})
+    compiled = Compiled(None, {}, {}, [*sides])
     results = lambda *args: (reference(*args), *with_gradients(reference, count)(*args)[1])
     with jax.default_matmul_precision("highest"):
         compiled.wanted = jax.jit(results).lower(*in_fp32(args)).compile()
@@ -198,7 +199,8 @@ def measure(compiled: Compiled, args) -> dict:
     del want
     for (name, what), samples in take_turns(timed, args).items():
         result[name][f"{what}_us"] = statistics.median(samples)
-    return result | {name: {"refused": why} for name, why in compiled.refused.items()}
+    result |= {name: {"refused": why} for name, why in compiled.refused.items()}
+    return {name: result[name] for name in compiled.names}
 
 
 def take_turns(programs, args) -> dict:
