@@ -20,11 +20,13 @@ MIXED = (10.0, 3.0, 1.0, 0.0, -2.0, -5.0, -20.0)  # log decay = -exp of them: fr
 
 
 def make(rng, dtype, B=2, T=40, H=1, N=16, decays=MIXED, constant=False):
-    """r, log decay, k, v, u and a state. Decays are drawn from `decays`; `constant`: one for all tokens, as in RWKV-5."""
+    """r, log decay, k, v, u and a state. Decays are drawn from `decays`, in every other channel from the last two alone, so
+    that something outlives a chunk; `constant`: one for all tokens, as in RWKV-5."""
     normal = lambda *shape: rng.normal(0, 1, shape)
     r, k, v = (jnp.asarray(scale * normal(B, T, H, N), dtype) for scale in (1, 0.3, 1))
-    g = -np.exp(rng.choice(decays, (H, N) if constant else (B, T, H, N)))
-    return r, jnp.float32(g), k, v, jnp.float32(normal(H, N)), jnp.float32(normal(B, H, N, N))
+    x = rng.choice(decays, (H, N) if constant else (B, T, H, N))
+    x[..., ::2] = rng.choice(decays[-2:], x[..., ::2].shape)
+    return r, jnp.float32(-np.exp(x)), k, v, jnp.float32(normal(H, N)), jnp.float32(normal(B, H, N, N))
 
 
 def call(f, *arrays, resets=None, **options):
