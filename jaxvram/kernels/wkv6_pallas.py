@@ -18,12 +18,14 @@ from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import LOG2_E, Tile
+from jaxvram.kernels.segments import equal_segments, walk_back
 from jaxvram.kernels.wkv6_xla import FLOOR, across, middle_of, spans
 
 HEADS = (16, 32, 64)
 FORWARD = Tile(16, 64, 4, 1)  # rows: tokens of a chunk
 PAIRS = Tile(16, 64, 1, 1)
 STATES = GRADIENTS = Tile(16, 64, 4, 1)  # of equal rows
+BUDGET = 256 * 2**20  # bytes of the states that the backward pass makes on its way; a longer sequence has more segments
 
 
 def _fp32(x):
@@ -291,6 +293,39 @@ def forward(r, log_decay, k, v, u_HxN, s_BxHxNxN, resets_BxT, *, interpret: bool
 
 def backward(r, log_decay, k, v, u_HxN, s_BxHxNxN, resets_BxT, dy_BxTxHxN, ds_BxHxNxN, *, interpret: bool):
     """The gradients of the first six, in their dtypes."""
+    constant, (L, count) = log_decay.ndim == 2, _segments(v)
+    if constant and count > 1 and L * count != v.shape[1]:  # what fills up the last segment must not decay
+        g = jnp.broadcast_to(log_decay, v.shape)
+        rest = (k, v, u_HxN, s_BxHxNxN, resets_BxT, dy_BxTxHxN, ds_BxHxNxN)
+        dr, dg, *others = backward(r, g, *rest, interpret=interpret)
+        return dr, dg.sum((0, 1)), *others
+    arrays = (r, None if constant else log_decay, k, v, resets_BxT)
+    whole = lambda arrays: (arrays[0], log_decay if constant else arrays[1], *arrays[2:4], u_HxN)
+
+    def last_of(arrays, s):
+        return forward(*whole(arrays), s, arrays[4], interpret=interpret)[1]
+
+    def gradients_of(arrays, s, dy, ds):
+        dr, dg, dk, dv, du, ds = _backward_of_segment(*whole(arrays), s, arrays[4], dy, ds, interpret=interpret)
+        sums = lambda x_HxN: x_HxN[None, None]  # as of one token
+        return (dr, sums(dg) if constant else dg, dk, dv, sums(du)), ds
+
+    gradients, ds = walk_back(last_of, gradients_of, arrays, s_BxHxNxN, dy_BxTxHxN, ds_BxHxNxN, L, count)
+    dr, dg, dk, dv, du = gradients
+    return dr, dg.sum((0, 1)) if constant else dg, dk, dv, du.sum((0, 1)), ds
+
+
+def _segments(v_BxTxHxN) -> tuple[int, int]:
+    """(tokens of a segment, number of segments): as many that the states of its chunks stay within BUDGET."""
+    B, T, H, N = v_BxTxHxN.shape
+    C = GRADIENTS.rows
+    chunks, count = equal_segments(pl.cdiv(T, C), BUDGET // (B * H * 2 * N * N * v_BxTxHxN.dtype.itemsize))
+    return C * chunks, count
+
+
+def _backward_of_segment(
+    r, log_decay, k, v, u_HxN, s_BxHxNxN, resets_BxT, dy_BxTxHxN, ds_BxHxNxN, *, interpret: bool
+):  # fmt: skip
     T, call = v.shape[1], _Calls(GRADIENTS.rows, v, log_decay, resets_BxT, interpret)
     specs, states, rows = call.specs, (call.B, call.H, call.n, call.N, call.N), (call.B, call.n, call.H, call.N)
     r, g, k, v, dy = map(call.padded, (r, log_decay, k, v, dy_BxTxHxN))

@@ -224,15 +224,15 @@ def _padded(x_BxTx, n: int):
 
 
 def _call(kernel, inputs, resets_BxL, outputs, tile: Tile, interpret: bool, name: str, by_chunk=False):
-    """A program a head, or a chunk of one. Arrays are as long as the tokens, a state, or the states of all chunks."""
+    """A program a head, or a chunk of one. Arrays are of tokens (four axes), states (three) or states of chunks (five)."""
     B, L, H, N = inputs[0].shape
     n = L // CHUNK
 
     def spec(x):
-        if x.shape == (B, L, H, N):
-            return pl.BlockSpec((None, L, None, N), lambda c, h, b: (b, 0, h, 0))
         if x.ndim == 4:
-            return pl.BlockSpec((None, None, N, N), lambda c, h, b: (b, h, 0, 0))
+            return pl.BlockSpec((None, L, None, N), lambda c, h, b: (b, 0, h, 0))
+        if x.ndim == 3:
+            return pl.BlockSpec((None, N, N), lambda c, h, b: (b * H + h, 0, 0))
         if by_chunk:
             return pl.BlockSpec((None, None, None, N, N), lambda c, h, b: (b, h, c, 0, 0))
         return pl.BlockSpec((None, None, n, N, N), lambda c, h, b: (b, h, 0, 0, 0))
@@ -251,13 +251,18 @@ def _call(kernel, inputs, resets_BxL, outputs, tile: Tile, interpret: bool, name
     )(*inputs, *documents)  # fmt: skip
 
 
+def _by_head(s_BxHxNxN):
+    """(B H, N, N): a state that no shape of tokens can be taken for."""
+    return s_BxHxNxN.reshape(-1, *s_BxHxNxN.shape[2:])
+
+
 def forward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT, *, interpret: bool):
     """(y_BxTxHxN in the dtype of v, the last state in fp32)."""
     T = v.shape[1]
     *six, resets_BxL = jax.tree.map(lambda x: _padded(x, pl.cdiv(T, CHUNK)), (r, log_decay, k, v, kappa, a, resets_BxT))
-    outputs = [six[3], s_BxHxNxN]
-    y, s = _call(_forward_kernel, [*six, s_BxHxNxN], resets_BxL, outputs, FORWARD, interpret, "wkv7_forward")
-    return y[:, :T], s
+    s = _by_head(s_BxHxNxN)
+    y, s = _call(_forward_kernel, [*six, s], resets_BxL, [six[3], s], FORWARD, interpret, "wkv7_forward")
+    return y[:, :T], s.reshape(s_BxHxNxN.shape)
 
 
 def _segments(v_BxTxHxN) -> tuple[int, int]:
@@ -292,11 +297,12 @@ def _backward_of_segment(arrays, s_BxHxNxN, dy_BxTxHxN, ds_BxHxNxN, *, interpret
     call = lambda kernel, inputs, outputs, tile, name, **options: _call(
         kernel, inputs, resets_BxL, outputs, tile, interpret, f"wkv7_{name}", **options
     )
-    before, U = call(_states_kernel, [*six, s_BxHxNxN], [states, v], STATES, "states")
-    inputs, outputs = [*six, dy, ds_BxHxNxN], [states, v, s_BxHxNxN]
+    s, ds = _by_head(s_BxHxNxN), _by_head(ds_BxHxNxN)
+    before, U = call(_states_kernel, [*six, s], [states, v], STATES, "states")
+    inputs, outputs = [*six, dy, ds], [states, v, s]
     behind, dZ, ds = call(_states_back_kernel, inputs, outputs, STATES_BACK, "states_back")
     inputs, outputs = [*six, dy, U, dZ, before, behind], [r, log_decay, k, v]
     dr, dg, dk, dv = call(_gradients_kernel, inputs, outputs, GRADIENTS, "gradients", by_chunk=True)
     inputs, outputs = [dg, *inputs], [log_decay, kappa, a]
     dg, dkappa, da = call(_gradients_of_removal_kernel, inputs, outputs, GRADIENTS, "gradients_of_removal", by_chunk=True)
-    return tuple(x[:, :T] for x in (dr, dg, dk, dv, dkappa, da)), ds
+    return tuple(x[:, :T] for x in (dr, dg, dk, dv, dkappa, da)), ds.reshape(s_BxHxNxN.shape)

@@ -11,7 +11,7 @@ import parity
 import proof
 import pytest
 
-from jaxvram.kernels import wkv6_xla
+from jaxvram.kernels import wkv6_pallas, wkv6_xla
 from jaxvram.kernels.wkv6 import wkv6, wkv6_reference
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -124,10 +124,15 @@ def test_minus_infinity_is_a_log_decay():
         assert all(proof.rms_error(g, w) < 1e-6 for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("constant", [False, True])
-def test_segments(constant, monkeypatch):
-    monkeypatch.setattr(wkv6_xla, "SEGMENT_BUDGET", 1)  # a chunk at a time
-    proof.check_numerics(case(T=37, resets=True, constant=constant), jnp.float32, "xla")
+@pytest.mark.parametrize(
+    ("implementation", "T", "constant"),
+    [("xla", 37, False), ("xla", 37, True), ("interpret", 37, False), ("interpret", 37, True), ("interpret", 48, True)],
+)
+def test_segments(implementation, T, constant, monkeypatch):
+    """A chunk at a time."""
+    monkeypatch.setattr(wkv6_xla, "SEGMENT_BUDGET", 1)
+    monkeypatch.setattr(wkv6_pallas, "BUDGET", 1)
+    proof.check_numerics(case(T=T, resets=True, constant=constant), jnp.float32, implementation)
 
 
 def test_few_tokens_and_one():

@@ -7,6 +7,8 @@ import proof
 import pytest
 
 from jaxvram.kernels.wkv6 import wkv6
+from jaxvram.vram import cards
+from jaxvram.vram.compile import compile_for
 
 NAMES = {f"wkv6_{name}" for name in ("pairs", "forward", "states", "gradients")}
 
@@ -42,3 +44,16 @@ def test_machine_code_without_documents_and_of_ragged_length(constant):
 @pytest.mark.parametrize("N", [16, 32])
 def test_machine_code_of_small_heads(N):
     check_code("rtx4070", 2, 1000, 4, N, resets=True)
+
+
+@pytest.mark.slow
+def test_what_a_layer_makes_on_its_way_does_not_grow_with_length():
+    """The peak is arguments, results, and what does not depend on T: a y and its gradient, and a segment's rest."""
+    rest = {}
+    for T in (32_768, 131_072):
+        spec = lambda dtype, T=T: jax.ShapeDtypeStruct((1, T, 12, 64), dtype)
+        x, u = spec(jnp.bfloat16), jax.ShapeDtypeStruct((12, 64), jnp.float32)
+        loss = lambda *arrays: wkv6(*arrays)[0].astype(jnp.float32).sum()
+        compiled = compile_for(cards.find("rtx4070"), jax.grad(loss, tuple(range(5))), [x, spec(jnp.float32), x, x, u])
+        rest[T] = compiled.peak_bytes - T * 768 * (2 * 10 + 2 * 2)
+    assert rest[32_768] < 320 * 2**20 and rest[131_072] < 1.1 * rest[32_768], rest

@@ -65,6 +65,7 @@ def test_the_definition_is_the_papers():
 
 CALLS = {
     "heads": {"T": 48, "H": 2},
+    "tokens, heads and keys of one number": {"B": 1, "T": 16, "H": 16},  # a state has the shape of tokens
     "ragged, with documents": {"T": 37, "resets": True},
     "weakest decay, a key repeated": {"B": 1, "log_decay": -1e-9, "repeated": True},
     "strongest decay, a key repeated": {"B": 1, "log_decay": STRONGEST, "repeated": True},
