@@ -9,8 +9,9 @@ tensor cores with the state in registers.
 Bytes: kept for the backward pass are the inputs alone, 10 a token and channel in bf16 (r, k, v 2 each, the decay 4), and 6
 where the decay is constant. While they run, the forward pass of the kernels has what the tokens of a chunk read of each
 other, with heads of 64 half a byte a token and channel, and the backward pass the state before each chunk and the gradient
-of that behind it, in bf16 with heads of 64 8 bytes each: 16, 101 MB at 8 x 1024 with D = 768, and never more than 256 MiB:
-longer sequences go by segments, of which a state each is kept. That of XLA does so as well.
+of that behind it, in bf16 with heads of 64 8 bytes each: 16, 101 MB at 8 x 1024 with D = 768, and 128 MiB at the most:
+longer sequences go by segments, of which a state each is kept, and the tokens and gradients of one are there twice, 22
+bytes. That of XLA does so as well.
 """
 
 import functools

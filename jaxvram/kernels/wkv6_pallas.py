@@ -25,7 +25,7 @@ HEADS = (16, 32, 64)
 FORWARD = Tile(16, 64, 4, 1)  # rows: tokens of a chunk
 PAIRS = Tile(16, 64, 1, 1)
 STATES = GRADIENTS = Tile(16, 64, 4, 1)  # of equal rows
-BUDGET = 256 * 2**20  # bytes of the states that the backward pass makes on its way; a longer sequence has more segments
+BUDGET = 128 * 2**20  # bytes of the states that the backward pass makes on its way; a longer sequence has more segments
 
 
 def _fp32(x):

@@ -24,7 +24,7 @@ from jaxvram.kernels.wkv7_xla import CHUNK, inverse
 HEADS = (16, 32, 64)
 FORWARD = STATES = STATES_BACK = Tile(CHUNK, 64, 4, 1)
 GRADIENTS = Tile(CHUNK, 64, 4, 1)
-BUDGET = 256 * 2**20  # bytes of what the backward pass makes on its way; a longer sequence has more segments
+BUDGET = 192 * 2**20  # bytes of what the backward pass makes on its way; a longer sequence has more segments
 
 
 class _Chunk:

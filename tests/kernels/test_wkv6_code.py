@@ -48,12 +48,12 @@ def test_machine_code_of_small_heads(N):
 
 @pytest.mark.slow
 def test_what_a_layer_makes_on_its_way_does_not_grow_with_length():
-    """The peak is arguments, results, and what does not depend on T: a y and its gradient, and a segment's rest."""
+    """The peak is arguments, results, a gradient of y, and what does not depend on T: a segment's rest."""
     rest = {}
-    for T in (32_768, 131_072):
+    for T in (32_768, 65_536):
         spec = lambda dtype, T=T: jax.ShapeDtypeStruct((1, T, 12, 64), dtype)
         x, u = spec(jnp.bfloat16), jax.ShapeDtypeStruct((12, 64), jnp.float32)
         loss = lambda *arrays: wkv6(*arrays)[0].astype(jnp.float32).sum()
         compiled = compile_for(cards.find("rtx4070"), jax.grad(loss, tuple(range(5))), [x, spec(jnp.float32), x, x, u])
-        rest[T] = compiled.peak_bytes - T * 768 * (2 * 10 + 2 * 2)
-    assert rest[32_768] < 320 * 2**20 and rest[131_072] < 1.1 * rest[32_768], rest
+        rest[T] = compiled.peak_bytes - T * 768 * (2 * 10 + 2)
+    assert rest[32_768] < 256 * 2**20 and rest[65_536] < 1.1 * rest[32_768], rest

@@ -34,12 +34,12 @@ def test_machine_code_without_documents_and_of_ragged_length():
 
 @pytest.mark.slow
 def test_what_a_layer_makes_on_its_way_does_not_grow_with_length():
-    """The peak is arguments, results, and what does not depend on T: a y and its gradient, and a segment's rest."""
+    """The peak is arguments, results, a gradient of y, and what does not depend on T: a segment's rest."""
     rest = {}
     for T in (16_384, 65_536):
         spec = lambda dtype, T=T: jax.ShapeDtypeStruct((1, T, 12, 64), dtype)
         args = [spec(jnp.float32 if i == 1 else jnp.bfloat16) for i in range(6)]
         loss = lambda *arrays: wkv7(*arrays)[0].astype(jnp.float32).sum()
         compiled = compile_for(cards.find("rtx4070"), jax.grad(loss, tuple(range(6))), args)
-        rest[T] = compiled.peak_bytes - T * 768 * (2 * 14 + 2 * 2)
-    assert rest[16_384] < 320 * 2**20 and rest[65_536] < 1.1 * rest[16_384], rest
+        rest[T] = compiled.peak_bytes - T * 768 * (2 * 14 + 2)
+    assert rest[16_384] < 352 * 2**20 and rest[65_536] < 1.1 * rest[16_384], rest
