@@ -22,6 +22,7 @@ from jaxvram import recipe
 from jaxvram.data import DataConfig
 from jaxvram.models.rwkv7 import SIZES, RWKV7Config
 from jaxvram.sample.text import SampleConfig
+from jaxvram.tasks.language import LanguageConfig
 from jaxvram.train.checkpoint import CheckpointConfig
 from jaxvram.train.evaluate import EvalConfig
 from jaxvram.train.optimizer import OptimizerConfig, ParamGroup
@@ -35,6 +36,7 @@ def get_config(variant="auto"):
     variant = recipe.choose(variant, VARIANTS)
     n_layer, n_embd, (d_decay, d_rate, d_value, d_gate) = SIZES.get(variant, SIZES["0.1b"])
     c = recipe.new(
+        task=LanguageConfig(l2wrap=1e-4),  # the authors': keeps logits within what bf16 tells apart
         model=RWKV7Config(
             vocab_size=65536,  # of RWKV's world vocabulary
             block_size=512,  # T
