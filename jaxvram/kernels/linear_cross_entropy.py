@@ -3,7 +3,8 @@
 The logits of GPT-2 at 8 x 1024 are 1.6 GB in fp32, and a plain loss holds them two or three times. Here they exist in
 pieces. Forward: kernels hold a tile on chip (linear_cross_entropy_pallas.py), XLA holds a chunk of positions. Backward, one
 pass over chunks of positions on either path: the chunk's logits once more, their gradient, and the two products with it.
-Kept: h, w (which exist anyway) and one fp32 log-sum-exp a token (L2Wrap: 8 bytes more). FLOPs a token: 2 D V forward, 6 D V backward.
+Kept: h, w (which exist anyway) and one fp32 log-sum-exp a token (L2Wrap: 8 bytes more).
+FLOPs a token: 2 D V forward, 6 D V backward.
 """
 
 import dataclasses
@@ -177,7 +178,8 @@ def _statistics_by_xla(spec, chunk, hidden_BxTxD, head, targets_BxT):
 def _backward(spec, chunk, implementation, residuals, cotangents):
     """With p the softmax: dlogits = (p (g (1 + 2 z lse) + g_lse) - wanted g) slope;  dh = dlogits w;  dw = dlogits^T h.
 
-    L2Wrap adds `pull` = l2wrap g m to the gradient of the largest logit m, before the slope. dw is not made where the head is frozen.
+    L2Wrap adds `pull` = l2wrap g m to the gradient of the largest logit m, before the slope. dw is not made where the head
+    is frozen.
     """
     hidden_BxTxD, head, targets_BxT, lse_BxT, peak, is_frozen = residuals
     is_zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)

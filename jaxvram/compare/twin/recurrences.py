@@ -1,8 +1,8 @@
-"""rwkv7_hf's recurrence, for a plan: what its loops over rows and tokens would allocate, without millions of fake operations.
+"""rwkv7_hf's recurrence, for a plan: what its loops over rows and tokens would allocate, without millions of operations.
 
-For each token the loop makes a state in fp32 and, for three products, copies of the state before, of the removal a b^T and of
-the state after in the compute dtype; the backward pass needs them all. Going back, each token's part of a gradient is a whole
-array of zeros but for a slice, added to the sum so far.
+For each token the loop makes a state in fp32 and, for three products, copies in the compute dtype of the state before, of the
+removal a b^T and of the state after; the backward pass needs them all. Going back, each token's part of a gradient is a
+whole array of zeros but for a slice, added to the sum so far.
 """
 
 import torch
@@ -22,7 +22,7 @@ class _Loop(torch.autograd.Function):
         of_product = _product_dtype(r.device.type)
         cast = lambda x: x if of_product in (None, x.dtype) else torch.empty_like(x, dtype=of_product)
         matrices = lambda tokens, dtype: torch.empty((B, tokens, H, N, K), dtype=dtype, device=r.device)
-        # Nothing is to be learnt of the first state, so the first token keeps no removal, and no state is kept behind the last.
+        # The first state learns nothing, so the first token keeps no removal; behind the last no state is kept.
         states, removals = matrices(T - 1, state.dtype), matrices(T - 1, of_product or a.dtype)
         before = matrices(T, of_product) if of_product not in (None, state.dtype) else states
         after = matrices(T, of_product or r.dtype)
