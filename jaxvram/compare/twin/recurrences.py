@@ -1,7 +1,7 @@
 """rwkv7_hf's recurrence, for a plan: what its loops over rows and tokens would allocate, without millions of operations.
 
-For each token the loop makes a state in fp32 and, for three products, copies in the compute dtype of the state before, of the
-removal a b^T and of the state after; the backward pass needs them all. Going back, each token's part of a gradient is a
+For each token the loop makes a state in fp32 and, for three products, copies in the compute dtype of the state before, of
+the removal a b^T and of the state after; the backward pass needs them all. Going back, each token's part of a gradient is a
 whole array of zeros but for a slice, added to the sum so far.
 """
 
