@@ -85,8 +85,9 @@ def made_in(dtype: str, device: str):
 def _language_model(fields: dict, finetune: dict | None, variant, device: str) -> Twin:
     import transformers
 
-    of_kind = {"gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2, "rwkv7": _rwkv7}
-    describe = of_kind[fields["kind"]]
+    describe = {
+        "gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2, "rwkv4": _rwkv4, "rwkv7": _rwkv7,
+    }[fields["kind"]]  # fmt: skip
     config, of, difference, extra = describe(transformers, fields)
     config.use_cache = False  # else attention copies its keys and values for a sampler that never comes
     config._attn_implementation = "sdpa" if variant.flash and fields["kind"] not in NO_FLASH else "eager"
@@ -174,6 +175,14 @@ def _mamba2(transformers, f: dict):
         **_state_space(f), head_dim=f["head_dim"], num_heads=heads, n_groups=f["n_groups"]
     )
     return config, transformers.Mamba2ForCausalLM, "", 0
+
+
+def _rwkv4(transformers, f: dict):
+    config = transformers.RwkvConfig(
+        vocab_size=f["vocab_size"], context_length=f["block_size"], hidden_size=f["n_embd"], tie_word_embeddings=False,
+        num_hidden_layers=f["n_layer"], intermediate_size=f["d_ffn"] or 4 * f["n_embd"], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return config, transformers.RwkvForCausalLM, "", 0
 
 
 def _rwkv7(_, f: dict):

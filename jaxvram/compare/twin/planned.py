@@ -8,7 +8,7 @@ import training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracker import Tracker
 
-STOOD_IN = {"mamba": "scans", "rwkv7": "recurrences"}  # a loop over tokens by what it allocates: kind -> module
+STOOD_IN = {"mamba": "scans", "rwkv4": "wkv", "rwkv7": "recurrences"}  # a recurrence by what it allocates: kind -> module
 
 
 def mend() -> None:
@@ -48,7 +48,7 @@ def plan(request, variant) -> tuple[dict, dict]:
     if kind not in ("dit", "retnet"):  # of transformers
         unpacked()
     if kind in STOOD_IN:
-        importlib.import_module(STOOD_IN[kind]).route()
+        importlib.import_module(STOOD_IN[kind]).route(request.model)
     mend()
     # Libraries hold small true tensors of their own; they weigh nothing.
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -54,7 +54,7 @@ def shift(hidden_states, previous, attention_mask):
     return torch.cat((previous.unsqueeze(1), hidden_states[:, :-1]), dim=1), hidden_states[:, -1]
 
 
-def route() -> None:
+def route(model: dict) -> None:
     """From now on, RWKV7TimeMix's recurrence and token shift are these."""
     from rwkv7_hf import modeling_rwkv7
 
