@@ -8,8 +8,8 @@
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
 transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, torchscale's in its
 parallel form, or rwkv7_hf's, a loop over tokens, with torch's default AdamW and with its fused one. How sides are compared
-and what the columns mean: side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k tokens,
-and beside them GPT-2's of the same width with its cache.
+and what the columns mean: side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k
+tokens, and beside them GPT-2's of the same width with its cache.
 """
 
 import argparse
