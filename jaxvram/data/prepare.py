@@ -24,12 +24,13 @@ from jaxvram.data import TOKENIZERS, shards
 from jaxvram.data.binidx import BinidxWriter
 from jaxvram.data.file_tokenizers import without_dummy_space
 from jaxvram.data.shards import PROGRESS
-from jaxvram.data.text import BETWEEN_TEXTS, decode, named_tokenizer, text_files
+from jaxvram.data.text import BETWEEN_TEXTS, TEXT_SUFFIXES, decode, named_tokenizer, text_files
 from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError, nearest
 
 CHUNK_BYTES = 1 << 20
 FORMATS = ("shards", "binidx")
+JSON_LINES = ".jsonl"
 WORTH_A_WORKER = 8 * CHUNK_BYTES  # a process takes a second to start, in which this one tokenises some MB
 # GPT-2's pattern, which is GPT-NeoX's too, never joins a line break to the non-space after it, so the tokens on both
 # sides of a cut before such a line break are those of the uncut text. The second class: UTF-8 lead bytes that begin no
@@ -72,7 +73,8 @@ def prepare(
     joins line breaks to what stands before or behind them, the tokens next to a cut are not those of the uncut text.
     char: train.bin, val.bin (the last `val_fraction`) and meta.pkl; begins again if it was killed.
     layout='binidx': the pair text.bin and text.idx instead (data/binidx.py), with the end of text (world, neox: 0) behind
-    each text, as RWKV's make_data.py has it, and no val split; begins again if it was killed.
+    each text, as RWKV's make_data.py has it, and no val split; begins again if it was killed. Here a line of a .jsonl is
+    a text, its "text".
 
     Raises:
       UserError: nothing to read, not UTF-8, or `out_dir` holds something else.
@@ -87,7 +89,7 @@ def prepare(
         raise UserError(f"shard_tokens={shard_tokens} must be positive and val_fraction={val_fraction} between 0 and 1")
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} must not be negative (0: as many as are worth it)")
-    files = _texts(inputs)
+    files = _texts(inputs, TEXT_SUFFIXES + (JSON_LINES,) * (layout == "binidx"))
     out_dir = Path(out_dir).expanduser()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or max(1, min(cores, _bytes(files) // WORTH_A_WORKER))
@@ -108,12 +110,12 @@ def prepare(
         raise UserError(f"could not prepare {out_dir}: {error.strerror or error} ({error.filename})") from error
 
 
-def _texts(inputs) -> list[Path]:
+def _texts(inputs, suffixes: tuple[str, ...]) -> list[Path]:
     paths = [Path(p).expanduser() for p in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: give a text file or a folder of texts")
-    files = [file for path in paths for file in text_files(path) if file.stat().st_size]
+    files = [file for path in paths for file in text_files(path, suffixes) if file.stat().st_size]
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no text in there, only empty files")
     return files
@@ -162,6 +164,29 @@ def _encode_alone(chunk: Chunk) -> np.ndarray:
     tokenizer = _Worker.tokenizer
     tokens_N = tokenizer.encode(_char_text(chunk) if tokenizer.eot is None else chunk.text())
     return tokens_N if chunk.start == 0 else without_dummy_space(tokenizer, tokens_N)
+
+
+def _encode_documents(chunk: Chunk) -> list[tuple[np.ndarray, bool]]:
+    """Tokens, and whether a document ends with them; then its end of text is one of them."""
+    tokenizer = _Worker.tokenizer
+    if chunk.file.suffix == JSON_LINES:
+        return [(np.append(tokenizer.encode(text), tokenizer.eot), True) for text in _texts_of_lines(chunk)]
+    tokens_N, ends = _encode_alone(chunk), chunk.stop == chunk.file.stat().st_size
+    return [(np.append(tokens_N, tokenizer.eot) if ends else tokens_N, ends)]
+
+
+def _texts_of_lines(chunk: Chunk) -> Iterator[str]:
+    """A chunk is cut before a line break that begins a line."""
+    for line in chunk.text().split("\n"):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{chunk.file} has a line that is no JSON with a "text": {line[:60]!r}')
+        yield text
 
 
 def _char_text(chunk: Chunk) -> str:
@@ -240,13 +265,12 @@ def _prepare_binidx(files, out_dir: Path, settings: dict, workers: int, dtype, t
     index = out_dir / "text.idx"
     if not (progress.complete() and index.is_file()):
         progress.finished.clear()
-        results = _run(_encode_alone, chunks(files), workers, "tokenise", _bytes(files), named_tokenizer, tokenizer)
+        results = _run(_encode_documents, chunks(files), workers, "tokenise", _bytes(files), named_tokenizer, tokenizer)
         try:
             with BinidxWriter(prefix, dtype) as writer:
-                for chunk, tokens_N in results:
+                for tokens_N, ends in itertools.chain.from_iterable(pieces for _, pieces in results):
                     writer.append(tokens_N)
-                    if chunk.stop == chunk.file.stat().st_size:
-                        writer.append(np.array([eot]))
+                    if ends:
                         writer.end_document()
         finally:
             results.close()

@@ -216,14 +216,14 @@ def named_tokenizer(name: str, vocab_path: str | None = None, download: bool = T
     return {"gpt2": gpt2_tokenizer, "neox": neox_tokenizer}[name](vocab_path, download)
 
 
-def text_files(path: Path) -> list[Path]:
+def text_files(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
     """The text file `path`, or all texts but empty ones below the folder `path`, in the order of their names."""
     if path.is_file():
         return [path]
-    is_text = lambda file: file.suffix.lower() in TEXT_SUFFIXES and file.is_file() and file.stat().st_size
+    is_text = lambda file: file.suffix.lower() in suffixes and file.is_file() and file.stat().st_size
     files = sorted(filter(is_text, path.rglob("*")))
     if not files:
-        raise UserError(f"the folder {path} has no texts ({', '.join(TEXT_SUFFIXES)}), no shards and no train.bin")
+        raise UserError(f"the folder {path} has no texts ({', '.join(suffixes)}), no shards and no train.bin")
     return files
 
 

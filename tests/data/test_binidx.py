@@ -1,6 +1,7 @@
 """binidx: bytes as Megatron and RWKV-LM lay them out, what is wrong told at the door, texts to pairs, pairs to batches."""
 
 import itertools
+import json
 import struct
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jaxvram.data import DataConfig, load, prepare
 from jaxvram.data.binidx import BinidxWriter, read_binidx
 from jaxvram.data.prepare import prepare as run
+from jaxvram.data.text import named_tokenizer
 from jaxvram.errors import UserError
 
 tokens = np.random.default_rng(0).integers(1, 50000, size=5000)
@@ -143,6 +145,27 @@ def test_texts_become_documents_with_token_0_behind_each(tmp_path, monkeypatch):
     run(folder, tmp_path / "cut", "world", layout="binidx", workers=1)
     assert len(read_binidx(tmp_path / "cut" / "text")) >= len(read_binidx(out / "text"))
     assert (read_binidx(tmp_path / "cut" / "text") == 0).sum() == 3
+
+
+def test_a_line_of_jsonl_is_a_document(tmp_path, monkeypatch):
+    """As make_data.py reads them, whatever chunks they fall into."""
+    lines = [{"text": "a\nb\n\n{c"}, {"meta": 1, "text": "日本\u2028" * 20}, {"text": "x"}, {"text": "y" * 99}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=i % 2) for i, line in enumerate(lines)))
+    encode = named_tokenizer("world").encode
+    want = list(itertools.chain(*([*encode(line["text"]).tolist(), 0] for line in lines)))
+    for chunk_bytes in (1 << 20, 10):
+        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+        run(tmp_path / "a.jsonl", tmp_path / f"{chunk_bytes}", "world", layout="binidx", workers=1)
+        assert read_binidx(tmp_path / f"{chunk_bytes}" / "text").tolist() == want
+    for i, line in enumerate(('{"text": 5}', "[]", "{")):
+        (tmp_path / "b.jsonl").write_text(line)
+        with pytest.raises(UserError, match=r'b\.jsonl has a line that is no JSON with a "text"'):
+            run(tmp_path / "b.jsonl", tmp_path / f"b{i}", "world", layout="binidx", workers=1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "folder" / "a.jsonl")
+    with pytest.raises(UserError, match="has no texts"):  # shards are of whole files
+        run(tmp_path / "folder", tmp_path / "c", "world")
+    assert run(tmp_path / "folder", tmp_path / "c", "world", layout="binidx")
 
 
 def test_what_cannot_be_prepared_is_told(tmp_path):
