@@ -4,6 +4,7 @@
   python benchmarks/cpu_mamba.py --model=mamba2
   python benchmarks/cpu_mamba.py --model=retnet   # beside torchscale: pip install --no-deps torchscale==0.3.0
   python benchmarks/cpu_mamba.py --model=rwkv7    # beside rwkv7_hf: pip install rwkv7-hf
+  python benchmarks/cpu_mamba.py --model=rwkv4
 
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
 transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, torchscale's in its
@@ -62,7 +63,8 @@ def of_transformers(kind: str, folder):
     if kind == "rwkv7":
         from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM as cls
     else:
-        cls = getattr(transformers, {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[kind])
+        names = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "rwkv4": "RwkvForCausalLM"}
+        cls = getattr(transformers, names[kind])
     model = cls.from_pretrained(folder)
     model.get_input_embeddings().padding_idx = None  # whose row would learn nothing
     return model, lambda tokens: model(input_ids=tokens, use_cache=False).logits
@@ -81,6 +83,24 @@ def of_torchscale(folder):
     return model, lambda tokens: model(tokens)[0]
 
 
+DECAYED = (
+    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight",
+    "ffn.key.weight", "ffn.value.weight", "lm_head.weight",
+)  # fmt: skip
+OWN_RATE = {"time_decay": "time_decay", "time_first": "time_first", "w_lora.lora.2.bias": "w0"}  # ends of names -> groups
+
+
+def torch_groups(cfg, model) -> list[dict]:
+    """The recipe's groups of parameters, as torch's optimizers take them."""
+    found = {}
+    for name, p in model.named_parameters():
+        other = "decayed" if name.endswith(DECAYED) else "plain"
+        group = next((group for end, group in OWN_RATE.items() if name.endswith(end)), other)
+        found.setdefault(group if group in cfg.groups else "plain", []).append(p)
+    of = lambda g: {"weight_decay": cfg.groups[g].weight_decay, "lr": cfg.learning_rate * cfg.groups[g].lr_multiplier}
+    return [{"params": params, **of(group)} for group, params in found.items()]
+
+
 def torch_side(recipe, params, fused: bool):
     """Their model, from a folder that we export."""
     import torch
@@ -95,17 +115,7 @@ def torch_side(recipe, params, fused: bool):
         model, logits_of = of_torchscale(folder) if kind == "retnet" else of_transformers(kind, folder)
     model.train()
     cfg = recipe.optimizer
-    decayed = (
-        "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight",
-        "embed_tokens.weight", "ffn.key.weight", "ffn.value.weight", "lm_head.weight",
-    )  # fmt: skip
-    fast = ("w_lora.lora.2.bias",)  # RWKV-7's w0
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if n.endswith(decayed)], "weight_decay": cfg.groups["decayed"].weight_decay},
-        {"params": [p for n, p in named if not n.endswith(decayed + fast)], "weight_decay": 0.0},
-        {"params": [p for n, p in named if n.endswith(fast)], "weight_decay": 0.0, "lr": 2 * cfg.learning_rate},
-    ]
+    groups = torch_groups(cfg, model)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.b1, cfg.b2), eps=cfg.eps, fused=fused or None)
 
     def run(batches):
@@ -180,7 +190,7 @@ def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv7"), default="mamba")
+    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4", "rwkv7"), default="mamba")
     model = parser.parse_known_args()[0].model
     args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
     about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}

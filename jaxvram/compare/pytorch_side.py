@@ -13,7 +13,7 @@ SCRIPT = pathlib.Path(__file__).parent / "twin" / "main.py"
 INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers peft bitsandbytes diffusers"
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
-NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv7")
+NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
 TWINS = ("gpt2", "llama", *NO_ATTENTION, "dit")  # models of which a library that installs has PyTorch's
 COMPILED = "compile"  # its memory is known to its compiler alone: to be measured
 
