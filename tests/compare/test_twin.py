@@ -47,7 +47,7 @@ SMALL = {  # name -> (our config, fine-tuning)
         None,
     ),
     "retnet": (RetNetConfig(vocab_size=500, vocab_multiple=128, block_size=64, n_layer=2, n_embd=64, d_value=96), None),
-    "rwkv4": (RWKV4Config(vocab_size=500, block_size=32, n_layer=2, n_embd=64), None),
+    "rwkv4": (RWKV4Config(vocab_size=500, block_size=16, n_layer=2, n_embd=64), None),
     "rwkv7": (RWKV7Config(vocab_size=500, block_size=32, n_layer=2, n_embd=128), None),
     "dit": (DiTConfig(n_layer=3, n_embd=96, n_head=4, image_size=16, num_classes=10), None),
 }
