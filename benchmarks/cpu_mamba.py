@@ -3,13 +3,14 @@
   python benchmarks/cpu_mamba.py                  # needs torch and transformers; PyTorch's side is slow
   python benchmarks/cpu_mamba.py --model=mamba2
   python benchmarks/cpu_mamba.py --model=retnet   # beside torchscale: pip install --no-deps torchscale==0.3.0
+  python benchmarks/cpu_mamba.py --model=rwkv7    # beside rwkv7_hf: pip install rwkv7-hf
   python benchmarks/cpu_mamba.py --model=rwkv4
 
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
-transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, or torchscale's in its
-parallel form, with torch's default AdamW and with its fused one. How sides are compared and what the columns mean:
-side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's
-of the same width with its cache.
+transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, torchscale's in its
+parallel form, or rwkv7_hf's, a loop over tokens, with torch's default AdamW and with its fused one. How sides are compared
+and what the columns mean: side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k
+tokens, and beside them GPT-2's of the same width with its cache.
 """
 
 import argparse
@@ -40,11 +41,14 @@ def load_recipe(model: str):
 
     settle_platform()
     built = recipe.build(*recipe.load(f"{ROOT / 'configs' / model}.py:tiny"))
-    more = {"n_head": 4, "d_value": 256, "n_inner": 256} if model == "retnet" else {}
+    more = {"retnet": {"n_head": 4, "d_value": 256, "n_inner": 256}, "rwkv7": {"head_dim": 64}}.get(model, {})
     cfg = dataclasses.replace(built.model, vocab_size=V, block_size=T, n_layer=4, n_embd=128, reset_token=-1, **more)
     train = dataclasses.replace(built.train, batch_size=B, microbatch_size=0, steps=1000)
     optimizer = dataclasses.replace(built.optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0)
-    return dataclasses.replace(built, model=cfg, train=train, optimizer=optimizer)
+    if model == "rwkv7":  # with its 1e-18 the last digit of a gradient near 0 would decide which way a weight goes
+        optimizer = dataclasses.replace(optimizer, eps=1e-8)
+    task = dataclasses.replace(built.task, l2wrap=0.0)  # theirs have none
+    return dataclasses.replace(built, task=task, model=cfg, train=train, optimizer=optimizer)
 
 
 def batch_of(n: int) -> dict[str, np.ndarray]:
@@ -56,8 +60,13 @@ def of_transformers(kind: str, folder):
     """(its model, a function of tokens to logits)."""
     import transformers
 
-    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "rwkv4": "RwkvForCausalLM"}[kind]
-    model = getattr(transformers, cls).from_pretrained(folder)
+    if kind == "rwkv7":
+        from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM as cls
+    else:
+        names = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "rwkv4": "RwkvForCausalLM"}
+        cls = getattr(transformers, names[kind])
+    model = cls.from_pretrained(folder)
+    model.get_input_embeddings().padding_idx = None  # whose row would learn nothing
     return model, lambda tokens: model(input_ids=tokens, use_cache=False).logits
 
 
@@ -75,16 +84,18 @@ def of_torchscale(folder):
 
 
 DECAYED = (
-    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight"
+    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight",
+    "ffn.key.weight", "ffn.value.weight", "lm_head.weight",
 )  # fmt: skip
-OWN_RATE = ("time_decay", "time_first")  # ends of names there, and the recipe's groups
+OWN_RATE = {"time_decay": "time_decay", "time_first": "time_first", "w_lora.lora.2.bias": "w0"}  # ends of names -> groups
 
 
 def torch_groups(cfg, model) -> list[dict]:
     """The recipe's groups of parameters, as torch's optimizers take them."""
     found = {}
     for name, p in model.named_parameters():
-        group = next((end for end in OWN_RATE if name.endswith(end)), "decayed" if name.endswith(DECAYED) else "plain")
+        other = "decayed" if name.endswith(DECAYED) else "plain"
+        group = next((group for end, group in OWN_RATE.items() if name.endswith(end)), other)
         found.setdefault(group if group in cfg.groups else "plain", []).append(p)
     of = lambda g: {"weight_decay": cfg.groups[g].weight_decay, "lr": cfg.learning_rate * cfg.groups[g].lr_multiplier}
     return [{"params": params, **of(group)} for group, params in found.items()]
@@ -179,7 +190,7 @@ def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4"), default="mamba")
+    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4", "rwkv7"), default="mamba")
     model = parser.parse_known_args()[0].model
     args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
     about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}

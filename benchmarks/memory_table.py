@@ -165,7 +165,11 @@ def main():
             RESULTS.write_text(json.dumps(records, indent=1) + "\n")
     records = {recipe: records[recipe] for recipe in recipes() if recipe in records}
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    about = ", ".join(f"{name} {version}" for name, version in next(iter(records.values()))["versions"].items())
+    versions = {}
+    for record in records.values():
+        for name, version in record["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    about = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
     text = f"{before}{BEGIN}\n{table(records)}\n\n{about}\n\n{reasons(records)}\n{END}{rest.partition(END)[2]}"
     PAGE.write_text(text, encoding="utf-8")
     PICTURE.write_bytes(picture(records))

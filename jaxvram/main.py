@@ -26,7 +26,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
                   memory and time on its GPU, time alone without one
   --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
-  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR), or a folder of images to latents
+  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR) or a binidx pair, or a folder of images to latents
                   (--autoencoder=random, --image_size=256 as well)
 """
 
@@ -84,7 +84,7 @@ def _run(argv: list[str]) -> int:
 
     if options.mode == "prepare":
         if recipe_file or len(overrides) > 1:
-            flags_of = "--input, --out, --tokenizer, --vocab_path, --shard_tokens, --workers; "
+            flags_of = "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
             flags_of += "for images --autoencoder, --image_size"
             raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
         return modes.prepare(options)
@@ -138,7 +138,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export and prepare: the folder to write.")
     text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
-    text("tokenizer", "gpt2", "For prepare: gpt2, char, neox or file.")
+    text("tokenizer", "gpt2", "For prepare: gpt2, char, neox, world or file.")
+    text("format", "shards", "For prepare: shards (llm.c's; of char, nanoGPT's files) or binidx (Megatron's pair).")
     about = "For export: write what fine-tuning added, as a folder of peft's, instead of the merged model."
     flags.DEFINE_boolean("adapter", False, about, flag_values=values)
     text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")

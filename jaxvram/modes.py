@@ -130,8 +130,9 @@ def prepare(options) -> int:
     from jaxvram.data.prepare import prepare as write_shards
 
     files = write_shards(
-        options.input, options.out, options.tokenizer, options.shard_tokens, options.workers, vocab_path=options.vocab_path
-    )
+        options.input, options.out, options.tokenizer, options.shard_tokens, options.workers,
+        vocab_path=options.vocab_path, layout=options.format,
+    )  # fmt: skip
     print(f"{len(files)} file(s) in {options.out}; train on them with --config.data.path={options.out}")
     return 0
 

@@ -13,7 +13,8 @@ SCRIPT = pathlib.Path(__file__).parent / "twin" / "main.py"
 INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers peft bitsandbytes diffusers"
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
-TWINS = ("gpt2", "llama", "mamba", "mamba2", "dit")  # models of which a library that installs has PyTorch's
+NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
+TWINS = ("gpt2", "llama", *NO_ATTENTION, "dit")  # models of which a library that installs has PyTorch's
 COMPILED = "compile"  # its memory is known to its compiler alone: to be measured
 
 
@@ -44,7 +45,7 @@ def request_of(recipe, cfg) -> dict:
 
 def variants_of(cfg, way: str = "planned") -> tuple[str, ...]:
     """PyTorch's ways to train a model, the plainest first."""
-    names = WITHOUT_ATTENTION if name_of(cfg).startswith("mamba") else VARIANTS
+    names = WITHOUT_ATTENTION if name_of(cfg) in NO_ATTENTION else VARIANTS
     return (*names, COMPILED) if way == "measured" else names
 
 

@@ -26,14 +26,15 @@ TOKENIZERS = ("char", "gpt2", "neox", "world", "file")
 class DataConfig:
     name: str = "text"  # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
     dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (of every Python: text, instructions)
-    path: str | None = None  # instead: text, folder of texts, nanoGPT's folder, llm.c's shard, folder or glob; JSON
+    path: str | None = None  # instead: text, folder of texts, nanoGPT's folder, llm.c's shards, binidx pair; JSON
     tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia) | world (RWKV's) | file (vocab_path's)
     # gpt2: folder with encoder.json or vocab.json; neox: tokenizer.json or its folder; None: found or downloaded.
     # world: rwkv_vocab_v20230424.txt or its folder; None: that of the rwkv package
     # file: a tokenizer.json, tokenizer.model or .gguf, or a folder with one of them
     vocab_path: str | None = None
     val_fraction: float = 0.1  # of a text without a val split of its own: its tail; of instructions: drawn
-    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch)
+    order: str = "random"  # random (with replacement, as nanoGPT) | shuffled (every window once an epoch) | magic_prime
+    # magic_prime: RWKV's authors' order of the windows of one text; with val_fraction=0 what it leaves over is held out
     download: bool = True  # may ask the network for what is not on this machine
     allow_offline: bool = False  # if even that fails, train on the offline text and say so
     fineweb_shards: int = 1  # train shards of FineWeb, of 100M tokens and 200 MB each, up to 103
@@ -58,8 +59,10 @@ def load(cfg: DataConfig, block_size: int, seed: int):
     for field, options in (("name", NAMES), ("dataset", DATASETS), ("tokenizer", TOKENIZERS), ("order", ORDERS)):
         if (value := getattr(cfg, field)) not in options:
             raise UserError(f"data.{field}={value!r} is unknown{nearest(value, options)}")
-    if not 0 < cfg.val_fraction < 1:
+    if not 0 < cfg.val_fraction < 1 and (cfg.order != "magic_prime" or cfg.val_fraction != 0):
         raise UserError(f"data.val_fraction={cfg.val_fraction} must lie between 0 and 1")
+    if cfg.order == "magic_prime" and cfg.name != "text":
+        raise UserError(f"data.order=magic_prime is for data.name=text: set data.order=shuffled for {cfg.name}, or random")
     if cfg.name == "text":
         return load_text(cfg, block_size, seed)
     if cfg.name == "instructions":

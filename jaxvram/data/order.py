@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from jaxvram.data.magic_prime import window_of
+
 SPLITS = ("train", "val")
-ORDERS = ("random", "shuffled")
+ORDERS = ("random", "shuffled", "magic_prime")
 _VAL_SEED = 0x6A617876  # the val batches are the same for every seed, so that runs can be compared
 
 
@@ -18,13 +20,16 @@ def example_indices(order: str, seed: int, split: str, n: int, batch_size: int, 
     """The indices in [0, count) of `rows` of batch n, int64.
 
     random: drawn with replacement, as nanoGPT and minGPT do. shuffled: train sees every example once an epoch, in an
-    order of the epoch's own; val goes through the examples in order, as llm.c does.
+    order of the epoch's own; val goes through the examples in order, as llm.c does. magic_prime: train as RWKV's authors,
+    in one order for every seed; val likewise in order.
     """
     if order == "random":
         return generator(seed, split, n).integers(count, size=batch_size)[rows]
     index_B = n * batch_size + np.arange(batch_size)[rows]
     if split == "val":
         return index_B % count
+    if order == "magic_prime":
+        return window_of(index_B, count)
     # here, not above: worker processes of prepare.py would pay two seconds for an import that they do not use
     from grain.experimental import index_shuffle
 

@@ -21,13 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxvram.data import TOKENIZERS, shards
+from jaxvram.data.binidx import BinidxWriter
 from jaxvram.data.file_tokenizers import without_dummy_space
 from jaxvram.data.shards import PROGRESS
-from jaxvram.data.text import BETWEEN_TEXTS, decode, named_tokenizer, text_files
+from jaxvram.data.text import BETWEEN_TEXTS, TEXT_SUFFIXES, decode, named_tokenizer, text_files
 from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError, nearest
 
 CHUNK_BYTES = 1 << 20
+FORMATS = ("shards", "binidx")
+JSON_LINES = ".jsonl"
 WORTH_A_WORKER = 8 * CHUNK_BYTES  # a process takes a second to start, in which this one tokenises some MB
 # GPT-2's pattern, which is GPT-NeoX's too, never joins a line break to the non-space after it, so the tokens on both
 # sides of a cut before such a line break are those of the uncut text. The second class: UTF-8 lead bytes that begin no
@@ -59,6 +62,7 @@ def prepare(
     val_fraction: float = 0.1,
     vocab_path: str | None = None,
     download: bool = True,
+    layout: str = "shards",
 ) -> list[Path]:
     """Tokenise `inputs` (a text, a folder of texts, or a list of both) into `out_dir`; returns the files there.
 
@@ -68,17 +72,24 @@ def prepare(
     file: `vocab_path` as data.vocab_path. A long text is cut before a line break about every MB; where the tokenizer
     joins line breaks to what stands before or behind them, the tokens next to a cut are not those of the uncut text.
     char: train.bin, val.bin (the last `val_fraction`) and meta.pkl; begins again if it was killed.
+    layout='binidx': the pair text.bin and text.idx instead (data/binidx.py), with the end of text (world, neox: 0) behind
+    each text, as RWKV's make_data.py has it, and no val split; begins again if it was killed. Here a line of a .jsonl is
+    a text, its "text".
 
     Raises:
       UserError: nothing to read, not UTF-8, or `out_dir` holds something else.
     """
     if tokenizer not in TOKENIZERS:
         raise UserError(f"tokenizer={tokenizer!r} is unknown{nearest(tokenizer, TOKENIZERS)}")
+    if layout not in FORMATS:
+        raise UserError(f"--format={layout} is unknown{nearest(layout, FORMATS)}")
+    if layout == "binidx" and tokenizer == "char":
+        raise UserError("--format=binidx is for tokens: give --tokenizer=world, gpt2, neox or file")
     if shard_tokens < 1 or not 0 < val_fraction < 1:
         raise UserError(f"shard_tokens={shard_tokens} must be positive and val_fraction={val_fraction} between 0 and 1")
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} must not be negative (0: as many as are worth it)")
-    files = _texts(inputs)
+    files = _texts(inputs, TEXT_SUFFIXES + (JSON_LINES,) * (layout == "binidx"))
     out_dir = Path(out_dir).expanduser()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or max(1, min(cores, _bytes(files) // WORTH_A_WORKER))
@@ -88,21 +99,23 @@ def prepare(
             return _prepare_chars(files, out_dir, workers, val_fraction)
         made = named_tokenizer(tokenizer, vocab_path, download)  # what is wrong with it is said once, not by each worker
         settings = {"tokenizer": tokenizer} | ({} if tokenizer == "gpt2" else {"vocabulary": made.identity})
+        dtype, named = shards.token_dtype(made.vocab_size), (tokenizer, vocab_path, False)
+        if layout == "binidx":
+            return _prepare_binidx(files, out_dir, settings | {"format": layout}, workers, dtype, named, made.eot)
         settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
-        dtype = shards.token_dtype(made.vocab_size)
-        return _prepare_shards(files, out_dir, settings, workers, dtype, (tokenizer, vocab_path, False))
+        return _prepare_shards(files, out_dir, settings, workers, dtype, named)
     except BrokenProcessPool as error:
         raise UserError("a worker process died, perhaps for want of memory: run again, with fewer workers") from error
     except OSError as error:
         raise UserError(f"could not prepare {out_dir}: {error.strerror or error} ({error.filename})") from error
 
 
-def _texts(inputs) -> list[Path]:
+def _texts(inputs, suffixes: tuple[str, ...]) -> list[Path]:
     paths = [Path(p).expanduser() for p in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: give a text file or a folder of texts")
-    files = [file for path in paths for file in text_files(path) if file.stat().st_size]
+    files = [file for path in paths for file in text_files(path, suffixes) if file.stat().st_size]
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no text in there, only empty files")
     return files
@@ -141,11 +154,39 @@ class _Worker:
 
 
 def _encode(chunk: Chunk) -> np.ndarray:
+    eot = _Worker.tokenizer.eot
+    tokens_N = _encode_alone(chunk)
+    return np.insert(tokens_N, 0, eot) if chunk.start == 0 and eot is not None else tokens_N
+
+
+def _encode_alone(chunk: Chunk) -> np.ndarray:
+    """Without the end of text."""
     tokenizer = _Worker.tokenizer
     tokens_N = tokenizer.encode(_char_text(chunk) if tokenizer.eot is None else chunk.text())
-    if chunk.start == 0:
-        return tokens_N if tokenizer.eot is None else np.insert(tokens_N, 0, tokenizer.eot)
-    return without_dummy_space(tokenizer, tokens_N)
+    return tokens_N if chunk.start == 0 else without_dummy_space(tokenizer, tokens_N)
+
+
+def _encode_documents(chunk: Chunk) -> list[tuple[np.ndarray, bool]]:
+    """Tokens, and whether a document ends with them; then its end of text is one of them."""
+    tokenizer = _Worker.tokenizer
+    if chunk.file.suffix == JSON_LINES:
+        return [(np.append(tokenizer.encode(text), tokenizer.eot), True) for text in _texts_of_lines(chunk)]
+    tokens_N, ends = _encode_alone(chunk), chunk.stop == chunk.file.stat().st_size
+    return [(np.append(tokens_N, tokenizer.eot) if ends else tokens_N, ends)]
+
+
+def _texts_of_lines(chunk: Chunk) -> Iterator[str]:
+    """A chunk is cut before a line break that begins a line."""
+    for line in chunk.text().split("\n"):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{chunk.file} has a line that is no JSON with a "text": {line[:60]!r}')
+        yield text
 
 
 def _char_text(chunk: Chunk) -> str:
@@ -210,10 +251,31 @@ def _prepare_shards(files, out_dir: Path, settings: dict, workers: int, dtype: n
                     writer.append(tokens_N)
                 if number == 0 and stream.chunk is None:
                     raise UserError("the text is too short: nothing is left to train on behind the val shard")
-            progress.add(name, stream)
+            progress.add(name, stream.next_token)
     finally:
         results.close()
     return progress.files()
+
+
+def _prepare_binidx(files, out_dir: Path, settings: dict, workers: int, dtype, tokenizer: tuple, eot) -> list[Path]:
+    """`eot`: the id that ends a text. Arguments else as of _prepare_shards."""
+    if eot is None:
+        raise UserError(f"--format=binidx puts an end of text behind each text, and --tokenizer={tokenizer[0]} has none")
+    progress, prefix = _Progress(out_dir, files, **settings), out_dir / "text"
+    index = out_dir / "text.idx"
+    if not (progress.complete() and index.is_file()):
+        progress.finished.clear()
+        results = _run(_encode_documents, chunks(files), workers, "tokenise", _bytes(files), named_tokenizer, tokenizer)
+        try:
+            with BinidxWriter(prefix, dtype) as writer:
+                for tokens_N, ends in itertools.chain.from_iterable(pieces for _, pieces in results):
+                    writer.append(tokens_N)
+                    if ends:
+                        writer.end_document()
+        finally:
+            results.close()
+        progress.add("text.bin", None)
+    return [*progress.files(), index]
 
 
 def _prepare_chars(files, out_dir: Path, workers: int, val_fraction: float) -> list[Path]:
@@ -240,7 +302,7 @@ def _prepare_chars(files, out_dir: Path, workers: int, val_fraction: float) -> l
             with shards.TokenWriter(out_dir / name, header=False) as writer:
                 for tokens_N in stream.take(count):
                     writer.append(tokens_N)
-            progress.add(name, stream)
+            progress.add(name, stream.next_token)
     finally:
         results.close()
     return [*progress.files(), meta]
@@ -256,6 +318,11 @@ class _Stream:
     def __init__(self, results, skip: int):
         self.results, self.taken = results, skip
         self.chunk, self.tokens_N = next(results)
+
+    @property
+    def next_token(self) -> tuple[int, int, int] | None:
+        """(text, byte at which the chunk begins, tokens of it that are taken); None: behind the last."""
+        return (self.chunk.document, self.chunk.start, self.taken) if self.chunk else None
 
     def take(self, count: int) -> Iterator[np.ndarray]:
         while count > 0 and self.chunk is not None:
@@ -291,9 +358,8 @@ class _Progress:
         whole = lambda at: (f := self.out_dir / at["file"]).is_file() and f.stat().st_size == at["bytes"]
         self.finished = list(itertools.takewhile(whole, finished))
 
-    def add(self, name: str, stream: _Stream):
-        chunk = stream.chunk
-        next_token = [chunk.document, chunk.start, stream.taken] if chunk else None
+    def add(self, name: str, next_token: tuple[int, int, int] | None):
+        """`name` is finished; `next_token` as of _Stream."""
         self.finished.append({"file": name, "bytes": (self.out_dir / name).stat().st_size, "next": next_token})
         self._save()
 

@@ -51,7 +51,7 @@ def read_shard(file: Path) -> np.ndarray:
         raise UserError(
             f"{file} is truncated or damaged: {size:,} bytes, but {count:,} tokens need {expected:,}; fetch it again"
         )
-    return _map(file, HEADER_BYTES, count, dtype)
+    return map_tokens(file, HEADER_BYTES, count, dtype)
 
 
 def write_shard(file: Path, tokens_N: np.ndarray):
@@ -89,7 +89,7 @@ class TokenWriter:
             header[:3] = *KINDS[self.dtype], self.count
             self._out.seek(0)
             self._out.write(header.tobytes())
-        _publish(self._out, self.part, self.file)
+        publish(self._out, self.part, self.file)
 
 
 def check_vocabulary(folder: Path, arrays: list[np.ndarray], tokenizer):
@@ -100,6 +100,11 @@ def check_vocabulary(folder: Path, arrays: list[np.ndarray], tokenizer):
             f"{folder} holds {other.name} tokens, but the {tokenizer.vocab_size:,} ids of {tokenizer.name} are kept as "
             f"{dtype.name}: the files were made with another tokenizer; set data.tokenizer and data.vocab_path"
         )
+    check_prepared(folder, tokenizer)
+
+
+def check_prepared(folder: Path, tokenizer):
+    """Raises a UserError if --mode=prepare made the files in `folder`, with another tokenizer."""
     try:
         request = json.loads((folder / PROGRESS).read_text())["request"]
         made, how = request.get("vocabulary", GPT2Tokenizer.identity), request["tokenizer"]
@@ -139,7 +144,7 @@ def read_nanogpt(folder: Path) -> tuple[np.ndarray, np.ndarray, CharTokenizer | 
             )
         if size == 0:
             raise UserError(f"{file} is empty: prepare it again")
-        tokens.append(_map(file, 0, size // TOKEN.itemsize, TOKEN))
+        tokens.append(map_tokens(file, 0, size // TOKEN.itemsize, TOKEN))
     meta = folder / "meta.pkl"
     return tokens[0], tokens[1], read_meta(meta) if meta.is_file() else None
 
@@ -149,7 +154,7 @@ def write_nanogpt_meta(file: Path, chars: str):
     part = file.with_name(file.name + ".part")
     with open(part, "wb") as out:
         pickle.dump(meta, out)
-        _publish(out, part, file)
+        publish(out, part, file)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -177,14 +182,15 @@ def read_meta(file: Path) -> CharTokenizer:
     return CharTokenizer("".join(chars))
 
 
-def _map(file: Path, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+def map_tokens(file: Path, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+    """`count` tokens from byte `offset` on, as a memory map."""
     if count == 0:  # mmap refuses an empty range
         return np.zeros(0, dtype)
     # a plain view: slicing the memmap subclass costs microseconds for nothing
     return np.memmap(file, dtype, "r", offset, (count,)).view(np.ndarray)
 
 
-def _publish(out, part: Path, file: Path):
+def publish(out, part: Path, file: Path):
     """Close the written `part` and give it its name: after a crash there is the whole file or none."""
     out.flush()
     os.fsync(out.fileno())

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from jaxvram.data.binidx import prefix_of, read_binidx
 from jaxvram.data.download import cache_dir, fetch, lfs_sha256
 from jaxvram.data.file_tokenizers import file_tokenizer, neox_tokenizer
+from jaxvram.data.magic_prime import magic_prime
 from jaxvram.data.order import SPLITS, example_indices
-from jaxvram.data.shards import check_vocabulary, find_shards, read_nanogpt, read_shard, token_dtype
+from jaxvram.data.shards import check_prepared, check_vocabulary, find_shards, read_nanogpt, read_shard, token_dtype
 from jaxvram.data.tokenizers import CharTokenizer, gpt2_tokenizer
 from jaxvram.data.world_tokenizer import world_tokenizer
 from jaxvram.errors import UserError, nearest
@@ -28,7 +30,7 @@ MAX_TEXT_BYTES = 1 << 29  # a text is tokenised in memory, at each start: more i
 class TokenSource:
     """Windows of `block_size` tokens and the tokens that follow them, cut from arrays (memory maps) of tokens.
 
-    order 'random': any window; 'shuffled': windows that do not overlap. No window spans two arrays.
+    order 'random': any window; 'shuffled', 'magic_prime': windows that do not overlap. No window spans two arrays.
     """
 
     def __init__(self, train: list, val: list, tokenizer, block_size: int, seed: int, order: str, what: str):
@@ -52,6 +54,8 @@ class TokenSource:
         self.description = (
             f"{what}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out, {self.vocab_size:,} in the vocabulary"
         )
+        if order == "magic_prime":
+            self.description += f"; the order's prime is {magic_prime(int(self._ends['train'][-1])):,}"
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """{"tokens", "targets"}: int32 (rows, block_size), a function of (seed, split, n) alone."""
@@ -69,9 +73,13 @@ class TokenSource:
         return {"tokens": window_BxS[:, :-1].astype(np.int32), "targets": window_BxS[:, 1:].astype(np.int32)}
 
     def _check(self, tokens: np.ndarray):
-        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+        if not tokens.size:
+            return
+        largest, smallest = int(tokens.max()), int(tokens.min()) if tokens.dtype.kind == "i" else 0
+        if largest >= self.vocab_size or smallest < 0:
+            wrong = smallest if smallest < 0 else largest
             raise UserError(
-                f"the data holds token {largest}, but the {self.tokenizer.name} vocabulary ends at "
+                f"the data holds token {wrong}, but the {self.tokenizer.name} vocabulary ends at "
                 f"{self.vocab_size - 1}: the files were made with another tokenizer, or are damaged"
             )
 
@@ -85,12 +93,27 @@ def load_text(cfg, block_size: int, seed: int) -> TokenSource:
     else:
         text, what = (offline_text(), "Python's help text") if cfg.dataset == "offline" else _shakespeare(cfg)
         train, val, tokenizer = _tokenise([text], cfg, what)
+    if cfg.order == "magic_prime":
+        train, val = _in_one_piece(train, val, block_size, what)
     return TokenSource(train, val, tokenizer, block_size, seed, cfg.order, what)
+
+
+def _in_one_piece(train: list, val: list, block_size: int, what: str) -> tuple[list, list]:
+    """What order=magic_prime reads. With val_fraction=0, val is what it never comes to: the windows behind the prime."""
+    if len(train) != 1:
+        raise UserError(
+            f"data.order=magic_prime reads one text, and {what} has {len(train)} to train on: join them with "
+            "--mode=prepare --format=binidx, or set data.order=shuffled"
+        )
+    prime = magic_prime(max(len(train[0]) - 1, 0) // block_size)
+    return train, val if any(len(a) for a in val) else [train[0][prime * block_size :]]
 
 
 def _from_path(cfg):
     """(train arrays, val arrays, tokenizer, one-line name) of whatever lies at data.path."""
     path = Path(cfg.path).expanduser()
+    if (prefix := _binidx_at(path)) is not None:
+        return *_binidx(prefix, cfg), str(path)
     if not path.exists() and not glob.has_magic(str(path)):
         parent = path.parent if path.parent.is_dir() else None
         hint = nearest(path.name, os.listdir(parent)[:20]) if parent else f"; nor is there a folder {path.parent}"
@@ -109,6 +132,25 @@ def _from_path(cfg):
     if not path.exists() or path.suffix == ".bin" or any(path.glob("*.bin")):
         return *_shards(str(path), cfg), str(path)
     return *_tokenise([read_text(file) for file in text_files(path)], cfg, str(path)), str(path)
+
+
+def _binidx_at(path: Path) -> Path | None:
+    """FILE of the binidx pair that `path` names, or of the only one in that folder."""
+    if not path.is_dir():
+        return prefix_of(path)
+    indices = sorted(path.glob("*.idx"))
+    if len(indices) > 1:
+        raise UserError(f"{path} has {len(indices)} .idx files: set data.path to one, such as {indices[0]}")
+    return prefix_of(indices[0]) if indices else None
+
+
+def _binidx(prefix: Path, cfg):
+    """(train arrays, val arrays, tokenizer) of a binidx pair, the tail of which is held out."""
+    if cfg.tokenizer == "char":
+        raise UserError(f"{prefix} is a binidx pair, which holds no characters: set data.tokenizer=world, or what made it")
+    tokenizer, tokens_N = _tokenizer(cfg), read_binidx(prefix)
+    check_prepared(prefix.parent, tokenizer)
+    return *split_tail([tokens_N], cfg.val_fraction), tokenizer
 
 
 def _shards(path: str, cfg):
@@ -174,14 +216,14 @@ def named_tokenizer(name: str, vocab_path: str | None = None, download: bool = T
     return {"gpt2": gpt2_tokenizer, "neox": neox_tokenizer}[name](vocab_path, download)
 
 
-def text_files(path: Path) -> list[Path]:
+def text_files(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
     """The text file `path`, or all texts but empty ones below the folder `path`, in the order of their names."""
     if path.is_file():
         return [path]
-    is_text = lambda file: file.suffix.lower() in TEXT_SUFFIXES and file.is_file() and file.stat().st_size
+    is_text = lambda file: file.suffix.lower() in suffixes and file.is_file() and file.stat().st_size
     files = sorted(filter(is_text, path.rglob("*")))
     if not files:
-        raise UserError(f"the folder {path} has no texts ({', '.join(TEXT_SUFFIXES)}), no shards and no train.bin")
+        raise UserError(f"the folder {path} has no texts ({', '.join(suffixes)}), no shards and no train.bin")
     return files
 
 

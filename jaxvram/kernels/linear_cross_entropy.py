@@ -3,7 +3,8 @@
 The logits of GPT-2 at 8 x 1024 are 1.6 GB in fp32, and a plain loss holds them two or three times. Here they exist in
 pieces. Forward: kernels hold a tile on chip (linear_cross_entropy_pallas.py), XLA holds a chunk of positions. Backward, one
 pass over chunks of positions on either path: the chunk's logits once more, their gradient, and the two products with it.
-Kept: h, w (which exist anyway) and one fp32 log-sum-exp a token. FLOPs a token: 2 D V forward, 6 D V backward.
+Kept: h, w (which exist anyway) and one fp32 log-sum-exp a token (L2Wrap: 8 bytes more).
+FLOPs a token: 2 D V forward, 6 D V backward.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ class Spec:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     soft_cap: float | None = None
+    l2wrap: float = 0.0
 
     def counted(self, V: int) -> int:
         return V if self.vocab_size is None else min(self.vocab_size, V)
@@ -61,12 +63,15 @@ def linear_cross_entropy_reference(hidden_BxTxD, head, targets_BxT, vocab_size=N
     is_target = jnp.arange(V) == targets_BxT[..., None]
     target_logit_BxT = jnp.where(is_target, logits_BxTxV, 0).sum(-1)
     mean_BxT = logits_BxTxV[..., : spec.counted(V)].mean(-1)
-    return jnp.where(targets_BxT >= 0, spec.loss(lse_BxT, target_logit_BxT, mean_BxT), 0), lse_BxT
+    loss_BxT = spec.loss(lse_BxT, target_logit_BxT, mean_BxT)
+    half_square_BxT = spec.l2wrap / 2 * jnp.square(logits_BxTxV.max(-1))
+    loss_BxT += half_square_BxT - jax.lax.stop_gradient(half_square_BxT)  # nothing but a gradient
+    return jnp.where(targets_BxT >= 0, loss_BxT, 0), lse_BxT
 
 
 def linear_cross_entropy(
     hidden_BxTxD, head, targets_BxT, vocab_size=None, *, vocab_axis=0, label_smoothing=0.0, z_loss=0.0, soft_cap=None,
-    chunk=None, implementation="auto",
+    l2wrap=0.0, chunk=None, implementation="auto",
 ):  # fmt: skip
     """Loss of each token in nats, and the log-sum-exp of its logits.
 
@@ -79,6 +84,8 @@ def linear_cross_entropy(
       label_smoothing: this share of the wanted distribution is spread evenly over the vocabulary.
       z_loss: adds z_loss lse^2 to the loss of every token (PaLM, arXiv:2204.02311, 5.3).
       soft_cap: logits x become soft_cap tanh(x / soft_cap) (Gemma 2, Grok-1).
+      l2wrap: the loss of a token has the gradient of l2wrap / 2 m^2 besides its own, m its largest logit (after the cap),
+        and not the value (RWKV-LM's L2Wrap, 1e-4 there). Where the target is negative it has none.
       chunk: positions at a time in the backward pass, and on the XLA path (the last chunk may be short); None: as
         LOGITS_BUDGET allows.
       implementation: 'auto': kernels where the program is lowered for CUDA, else XLA; 'pallas', 'xla' or 'interpret'.
@@ -88,7 +95,7 @@ def linear_cross_entropy(
     Raises:
       ValueError: shapes that do not belong together, or a named implementation that does not take the call.
     """
-    spec = Spec(vocab_size, vocab_axis, label_smoothing, z_loss, soft_cap)
+    spec = Spec(vocab_size, vocab_axis, label_smoothing, z_loss, soft_cap, l2wrap)
     if vocab_axis not in (0, 1) or head.ndim != 2 or head.shape[1 - vocab_axis] != hidden_BxTxD.shape[-1]:
         which = f"head {head.shape} with vocab_axis={vocab_axis}"
         raise ValueError(f"linear_cross_entropy: {which} for hidden {hidden_BxTxD.shape}")
@@ -105,26 +112,28 @@ def linear_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(spec: Spec, chunk, implementation: str, hidden_BxTxD, head, targets_BxT):
-    return _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)
+    no_gradient = dataclasses.replace(spec, l2wrap=0.0)
+    return _results(no_gradient, chunk, implementation, hidden_BxTxD, head, targets_BxT)[0]
 
 
 def _forward(spec, chunk, implementation, *primals):
     hidden_BxTxD, head, targets_BxT = (primal.value for primal in primals)
-    results = _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)
+    results, peak = _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT)
     is_frozen = None if primals[1].perturbed else ()  # a tree's form, so that it is known when the backward pass is traced
-    return results, (hidden_BxTxD, head, targets_BxT, results[1], is_frozen)
+    return results, (hidden_BxTxD, head, targets_BxT, results[1], peak, is_frozen)
 
 
 def _results(spec, chunk, implementation, hidden_BxTxD, head, targets_BxT):
+    """((loss, lse), (the largest logit, where it is) or, without L2Wrap, ()), (B, T) each."""
     cast = head.astype(hidden_BxTxD.dtype)
-    lse_BxT, target_logit_BxT, sum_BxT = backend.dispatch(
+    lse_BxT, target_logit_BxT, sum_BxT, *peak = backend.dispatch(
         implementation,
         functools.partial(_statistics_by_kernel, spec),
         functools.partial(_statistics_by_xla, spec, chunk),
         hidden_BxTxD, cast, targets_BxT,
     )  # fmt: skip
     loss_BxT = spec.loss(lse_BxT, target_logit_BxT, sum_BxT / spec.counted(head.shape[spec.vocab_axis]))
-    return jnp.where(targets_BxT >= 0, loss_BxT, 0), lse_BxT
+    return (jnp.where(targets_BxT >= 0, loss_BxT, 0), lse_BxT), tuple(peak)
 
 
 def _statistics_by_kernel(spec, hidden_BxTxD, head, targets_BxT, *, interpret):
@@ -155,7 +164,12 @@ def _statistics_by_xla(spec, chunk, hidden_BxTxD, head, targets_BxT):
         sum_BxC = jnp.zeros_like(target_logit_BxC)
         if spec.label_smoothing:
             sum_BxC = jnp.where(jnp.arange(V) < spec.counted(V), logits_BxCxV, 0).sum(-1)
-        return None, (jax.nn.logsumexp(logits_BxCxV, axis=-1), target_logit_BxC, sum_BxC)
+        found = jax.nn.logsumexp(logits_BxCxV, axis=-1), target_logit_BxC, sum_BxC
+        if spec.l2wrap:
+            largest_BxC = logits_BxCxV.max(-1)
+            is_largest_BxCxV = logits_BxCxV == largest_BxC[..., None]
+            found += largest_BxC, jnp.where(is_largest_BxCxV, jnp.arange(V), V).min(-1)  # the first, as torch.max has it
+        return None, found
 
     C = chunk or chunk_length(4, *hidden_BxTxD.shape[:2], V)
     return _over_chunks(of_chunk, None, C, hidden_BxTxD, targets_BxT)[1]
@@ -164,18 +178,22 @@ def _statistics_by_xla(spec, chunk, hidden_BxTxD, head, targets_BxT):
 def _backward(spec, chunk, implementation, residuals, cotangents):
     """With p the softmax: dlogits = (p (g (1 + 2 z lse) + g_lse) - wanted g) slope;  dh = dlogits w;  dw = dlogits^T h.
 
-    dw is not made where the head is frozen.
+    L2Wrap adds `pull` = l2wrap g m to the gradient of the largest logit m, before the slope. dw is not made where the head
+    is frozen.
     """
-    hidden_BxTxD, head, targets_BxT, lse_BxT, is_frozen = residuals
+    hidden_BxTxD, head, targets_BxT, lse_BxT, peak, is_frozen = residuals
     is_zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
     g_BxT, g_lse_BxT = (jnp.zeros(g.shape, g.dtype) if is_zero(g) else g for g in cotangents)
     g_BxT = jnp.where(targets_BxT >= 0, g_BxT, 0)
     weight_BxT = g_BxT * (1 + 2 * spec.z_loss * lse_BxT) + g_lse_BxT
+    if peak:
+        largest_BxT, argmax_BxT = peak
+        peak = spec.l2wrap * g_BxT * largest_BxT, argmax_BxT
     dhidden_BxTxD, dhead = backend.dispatch(
         implementation,
         functools.partial(_gradients_by_kernel, spec, chunk, is_frozen is None),
         functools.partial(_gradients_by_xla, spec, chunk, is_frozen is None),
-        hidden_BxTxD, head.astype(hidden_BxTxD.dtype), targets_BxT, lse_BxT, weight_BxT, g_BxT,
+        hidden_BxTxD, head.astype(hidden_BxTxD.dtype), targets_BxT, lse_BxT, weight_BxT, g_BxT, *peak,
     )  # fmt: skip
     no_gradient = np.zeros(targets_BxT.shape, jax.dtypes.float0)
     return dhidden_BxTxD, None if dhead is None else dhead.astype(head.dtype), no_gradient
@@ -200,11 +218,15 @@ def _gradients_by_kernel(spec, chunk, wants_head, hidden_BxTxD, head, *rows_BxT,
 def _gradients_by_xla(spec, chunk, wants_head, hidden_BxTxD, head, *rows_BxT):
     V = head.shape[spec.vocab_axis]
 
-    def dlogits(hidden_BxCxD, targets_BxC, lse_BxC, weight_BxC, g_BxC):
+    def dlogits(hidden_BxCxD, targets_BxC, lse_BxC, weight_BxC, g_BxC, *peak):
         logits_BxCxV = _logits(spec, hidden_BxCxD, head)
         p_BxCxV = jnp.exp(logits_BxCxV - lse_BxC[..., None])
         wanted_BxCxV = spec.wanted(jnp.arange(V) == targets_BxC[..., None], V)
-        dlogits_BxCxV = (p_BxCxV * weight_BxC[..., None] - wanted_BxCxV * g_BxC[..., None]) * spec.slope(logits_BxCxV)
+        dlogits_BxCxV = p_BxCxV * weight_BxC[..., None] - wanted_BxCxV * g_BxC[..., None]
+        if peak:
+            pull_BxC, argmax_BxC = peak
+            dlogits_BxCxV += jnp.where(jnp.arange(V) == argmax_BxC[..., None], pull_BxC[..., None], 0)
+        dlogits_BxCxV *= spec.slope(logits_BxCxV)
         if spec.counted(V) < V:
             dlogits_BxCxV = jnp.where(jnp.arange(V) < spec.counted(V), dlogits_BxCxV, 0)
         return dlogits_BxCxV.astype(hidden_BxCxD.dtype)

@@ -28,10 +28,11 @@ class LanguageConfig:
     score_problems: int = 1000  # held-out problems answered at each evaluation; only where the data has answers
     chunk_length: int = 0  # tokens of a sequence at a time, the model's state carried on: memory for so many; 0: all
     chunk_gradient: bool = True  # through the state from chunk to chunk; False: none (truncated backpropagation)
+    l2wrap: float = 0.0  # a pull on each token's largest logit, in the gradient alone; RWKV's authors take 1e-4; 0: none
 
     def __post_init__(self):
-        if min(self.score_problems, self.chunk_length) < 0:
-            raise UserError("task: score_problems and chunk_length must not be negative")
+        if min(self.score_problems, self.chunk_length, self.l2wrap) < 0:
+            raise UserError("task: score_problems, chunk_length and l2wrap must not be negative")
 
 
 class LanguageTask:
@@ -121,7 +122,7 @@ class LanguageTask:
         cfg = self.model.cfg
         # A head of its own is stored (D, V): turned back here, or a kernel would be given a turned copy of it.
         head, vocab_axis = (head_VxD, 0) if cfg.tie_head else (head_VxD.T, 1)
-        options = {"vocab_axis": vocab_axis, "implementation": cfg.kernels}
+        options = {"vocab_axis": vocab_axis, "l2wrap": self.cfg.l2wrap, "implementation": cfg.kernels}
         loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head, targets_BxT, cfg.vocab_size, **options)
         return loss_BxT.sum(), state
 

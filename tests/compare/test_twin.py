@@ -21,6 +21,9 @@ from jaxvram.models.gpt2 import GPT2Config
 from jaxvram.models.llama import LlamaConfig
 from jaxvram.models.mamba import MambaConfig
 from jaxvram.models.mamba2 import Mamba2Config
+from jaxvram.models.retnet import RetNetConfig
+from jaxvram.models.rwkv4 import RWKV4Config
+from jaxvram.models.rwkv7 import RWKV7Config
 
 HERE = pathlib.Path(__file__).parent
 TWIN = HERE.parents[1] / "jaxvram" / "compare" / "twin"
@@ -43,6 +46,9 @@ SMALL = {  # name -> (our config, fine-tuning)
         Mamba2Config(vocab_size=500, block_size=64, n_layer=1, n_embd=64, head_dim=64, d_state=16, dtype="float32"),
         None,
     ),
+    "retnet": (RetNetConfig(vocab_size=500, vocab_multiple=128, block_size=64, n_layer=2, n_embd=64, d_value=96), None),
+    "rwkv4": (RWKV4Config(vocab_size=500, block_size=16, n_layer=2, n_embd=64), None),
+    "rwkv7": (RWKV7Config(vocab_size=500, block_size=32, n_layer=2, n_embd=128), None),
     "dit": (DiTConfig(n_layer=3, n_embd=96, n_head=4, image_size=16, num_classes=10), None),
 }
 
@@ -115,9 +121,12 @@ def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     cfg, finetune = SMALL[name]
     # An update in 8 bits is one kernel on a GPU alone, so there its memory is looked at where the peak lies elsewhere.
     variants = ["flash", "flash+checkpoint" if name == "dit" else "flash+checkpoint+8bit"]
-    variants = ["checkpoint"] if "mamba" in name else variants
+    if "mamba" in name:
+        variants = ["checkpoint"]
+    if name in ("retnet", "rwkv4", "rwkv7"):
+        variants = ["eager", "checkpoint"]
     step = {"microbatch_size": 2, "ema": True} if name == "llama" else {}
-    step |= {"batch_size": 2} if name == "mamba2" else {}
+    step |= {"batch_size": 2} if name in ("mamba2", "rwkv7") else {}
     if name == "gpt2 otherwise":
         variants, step = ["eager", "checkpoint"], {"optimizer": ADAMW | {"name": "adafactor"}}
     if name == "dit":
@@ -185,7 +194,7 @@ def test_errors_are_one_line_that_helps(tmp_path):
     gpt2 = request_of(SMALL["gpt2"][0], ["flash"])
     unknown = gpt2 | {"model": gpt2["model"] | {"kind": "gpt3"}}
     for request, words, environment in (
-        (unknown, ("model.kind='gpt3'", "gpt2, llama, mamba, mamba2, dit"), {}),
+        (unknown, ("model.kind='gpt3'", "gpt2, llama, mamba, mamba2, retnet, rwkv4, rwkv7, dit"), {}),
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),

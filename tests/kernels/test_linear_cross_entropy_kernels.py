@@ -49,8 +49,9 @@ CALLS = {
     "smooth": Call(options={"label_smoothing": 0.1, "vocab_size": 280}),
     "z_loss": Call(options={"z_loss": 1e-2}),
     "soft_cap": Call(options={"soft_cap": 3.0, "vocab_size": 290}),
+    "l2wrap": Call(V=600, options={"l2wrap": 0.3, "vocab_size": 590, "chunk": 64}),
     "everything": Call((2, 70), D=72, axis=1, options={
-        "label_smoothing": 0.2, "z_loss": 1e-2, "soft_cap": 4.0, "vocab_size": 251, "chunk": 50,
+        "label_smoothing": 0.2, "z_loss": 1e-2, "soft_cap": 4.0, "vocab_size": 251, "chunk": 50, "l2wrap": 0.3,
     }),
 }  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_the_definition_by_numpy():
     wanted = 0.8 * np.eye(251)[targets] + 0.2 / 251
     want = lse - (wanted * x).sum(-1) + 1e-2 * lse**2
     options = dict(call.options, vocab_axis=1)
-    options.pop("chunk")
+    options.pop("chunk")  # l2wrap changes no value
     got = linear_cross_entropy_reference(jnp.float32(h), jnp.float32(w), targets, **options)
     assert proof.rms_error(got[0], want) < 1e-6 and proof.rms_error(got[1], lse) < 1e-6
 
@@ -106,12 +107,51 @@ def test_a_dtype_without_a_kernel_is_named():
         linear_cross_entropy(h, w, np.zeros(150, np.int32), implementation="pallas")
 
 
-def code_of(N, D, V, axis, dtype, vocab_size):
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+def test_l2wrap_is_the_authors(implementation):
+    """RWKV-LM's: cross_entropy(logits, targets), and in backward 1e-4 / (B T) max at the largest logit of each token."""
+    torch = pytest.importorskip("torch")
+
+    class L2Wrap(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, logits):
+            ctx.save_for_backward(logits)
+            return loss
+
+        @staticmethod
+        def backward(ctx, g):
+            (logits,) = ctx.saved_tensors
+            largest, index = logits.max(-1, keepdim=True)
+            return g, torch.zeros_like(logits).scatter_(-1, index, largest * (1e-4 / logits.shape[:-1].numel()))
+
+    rng = np.random.RandomState(3)
+    B, T, D, V = 2, 35, 24, 530
+    # large logits, or the pull would be lost beside the loss's own gradient; the targets are what is sure already
+    h, w = rng.normal(0, 8, (B, T, D)).astype(np.float32), rng.normal(0, 1, (V, D)).astype(np.float32)
+    targets = (h @ w.T).argmax(-1).astype(np.int32)
+    theirs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (h, w)]
+    logits = theirs[0] @ theirs[1].T
+    loss = torch.nn.functional.cross_entropy(logits.view(-1, V), torch.tensor(targets).long().view(-1))
+    L2Wrap.apply(loss, logits).backward()
+
+    def mean(h, w, **options):
+        return linear_cross_entropy(h, w, targets, implementation=implementation, **options)[0].mean()
+
+    value, got = jax.jit(jax.value_and_grad(lambda h, w: mean(h, w, l2wrap=1e-4), (0, 1)))(h, w)
+    assert abs(value - loss.item()) < 1e-4 and float(value) == float(jax.jit(mean)(h, w))
+    assert max(proof.rms_error(g, x.grad) for g, x in zip(got, theirs, strict=True)) < 1e-4
+    of_frozen_head = jax.jit(jax.grad(lambda h: mean(h, w, l2wrap=1e-4)))(h)
+    assert proof.rms_error(of_frozen_head, got[0]) < 1e-6
+    without = jax.jit(jax.grad(mean, (0, 1)))(h, w)
+    assert min(proof.rms_error(g, x.grad) for g, x in zip(without, theirs, strict=True)) > 1e-2
+
+
+def code_of(N, D, V, axis, dtype, vocab_size, **options):
     spec = jax.ShapeDtypeStruct
     head = spec((V, D) if axis == 0 else (D, V), jnp.float32)
 
     def loss(h, w, targets):
-        return linear_cross_entropy(h, w, targets, vocab_size, vocab_axis=axis)[0].sum()
+        return linear_cross_entropy(h, w, targets, vocab_size, vocab_axis=axis, **options)[0].sum()
 
     return jax.value_and_grad(loss, (0, 1)), (spec((N, D), dtype), head, spec((N,), jnp.int32))
 
@@ -120,6 +160,7 @@ def code_of(N, D, V, axis, dtype, vocab_size):
 @pytest.mark.parametrize("card", proof.CARDS)
 def test_machine_code(card):
     proof.check_machine_code(*code_of(8192, 768, 50304, 0, jnp.bfloat16, 50257), card, NAMES, True)
+    proof.check_machine_code(*code_of(8192, 768, 65536, 1, jnp.bfloat16, None, l2wrap=1e-4), card, NAMES, True)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Request:
   way         planned (fake tensors and PyTorch's memory tracker; no GPU is needed) | measured (on a GPU)
-  model       kind (gpt2, llama, mamba, mamba2, dit) and the fields of that model's config in jaxvram/models
+  model       kind (gpt2, llama, mamba, mamba2, retnet, rwkv4, rwkv7, dit) and the fields of its config in jaxvram/models
   finetune    null, or the fields of jaxvram/finetune/config.py's FinetuneConfig
   step        batch_size, microbatch_size (0: the whole), optimizer {name, learning_rate, b1, b2, eps, clip_norm}, ema
   variants    names of requested.py's VARIANTS
@@ -29,7 +29,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `python -I` leaves it 
 import requested
 from problems import Refused, TwinError
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d")
+LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d", "torchscale",
+    "rwkv7-hf",
+)  # fmt: skip
+OF_KIND = {"dit": ("diffusers",), "retnet": ("torchscale",), "rwkv7": ("transformers", "rwkv7-hf")}
 
 
 def main() -> int:
@@ -71,7 +75,7 @@ def answer_to(text: str) -> dict:
 
 def needed(request) -> list[str]:
     """Libraries without which nothing can be answered."""
-    names = ["torch", "diffusers" if request.model["kind"] == "dit" else "transformers"]
+    names = ["torch", *OF_KIND.get(request.model["kind"], ("transformers",))]
     if request.finetune:
         names.append("peft")
         names += ["bitsandbytes"] if request.finetune["base"] == "nf4" else []

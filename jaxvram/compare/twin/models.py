@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
+import recurrent
 import torch
 from requested import NO_FLASH
 
@@ -45,6 +46,8 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
         from images import dit
 
         twin = dit(model, variant, device)
+    elif kind == "retnet":
+        twin = _retnet(model, device)
     else:
         twin = _language_model(model, finetune, variant, device)
         if finetune:
@@ -52,12 +55,19 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
 
             twin = fine_tuned(twin, finetune, model, device, fake)
     twin.model.train()
-    if variant.checkpoint and kind == "dit":
-        twin.model.enable_gradient_checkpointing()  # diffusers' does not re-enter
-    elif variant.checkpoint:
-        name = "activation_checkpointing_enable"  # since transformers 5.20 or so; before, as below
-        getattr(twin.model, name, twin.model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if variant.checkpoint:
+        _checkpoint(kind, twin.model)
     return twin
+
+
+def _checkpoint(kind: str, model) -> None:
+    if kind == "dit":
+        model.enable_gradient_checkpointing()  # diffusers' does not re-enter
+    elif kind == "retnet":
+        recurrent.checkpoint_layers(model)
+    else:
+        name = "activation_checkpointing_enable"  # since transformers 5.20 or so; before, as below
+        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @contextlib.contextmanager
@@ -75,12 +85,26 @@ def made_in(dtype: str, device: str):
 def _language_model(fields: dict, finetune: dict | None, variant, device: str) -> Twin:
     import transformers
 
-    describe = {"gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2}[fields["kind"]]
+    describe = {
+        "gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2, "rwkv4": _rwkv4, "rwkv7": _rwkv7,
+    }[fields["kind"]]  # fmt: skip
     config, of, difference, extra = describe(transformers, fields)
     config.use_cache = False  # else attention copies its keys and values for a sampler that never comes
     config._attn_implementation = "sdpa" if variant.flash and fields["kind"] not in NO_FLASH else "eager"
     with made_in(fields["param_dtype"], device):
         model = of(config)
+    loss = lambda ids: model(input_ids=ids, labels=ids).loss  # no name keeps the logits alive
+    if fields["kind"] == "rwkv7":
+        loss = lambda ids: recurrent.rwkv7_loss(model, ids)
+    return _of_tokens(model, loss, fields, device, difference, extra)
+
+
+def _retnet(fields: dict, device: str) -> Twin:
+    return _of_tokens(*recurrent.retnet(fields, device), fields, device)
+
+
+def _of_tokens(model, loss, fields: dict, device: str, difference: str = "", extra: int = 0) -> Twin:
+    """The twin of a language model, whose loss is of token ids (rows, T), inputs and targets in one."""
     extra_rows, why = _padding(fields)
     sentences = [s for s in (difference, why) if s]
     T, V = fields["block_size"], fields["vocab_size"]
@@ -88,8 +112,7 @@ def _language_model(fields: dict, finetune: dict | None, variant, device: str) -
     def batch(rows: int) -> dict:
         return {"input_ids": torch.randint(0, V, (rows, T), device=device)}
 
-    loss = lambda b: model(input_ids=b["input_ids"], labels=b["input_ids"]).loss  # no name keeps the logits alive
-    return Twin(model, loss, batch, T, V, "; ".join(sentences), extra + extra_rows)
+    return Twin(model, lambda b: loss(b["input_ids"]), batch, T, V, "; ".join(sentences), extra + extra_rows)
 
 
 def _padding(fields: dict) -> tuple[int, str]:
@@ -98,7 +121,7 @@ def _padding(fields: dict) -> tuple[int, str]:
     rows = -(-V // multiple) * multiple
     if rows == V:
         return 0, ""
-    fewer = (rows - V) * fields["n_embd"] * (1 if fields["tie_head"] else 2)
+    fewer = (rows - V) * fields["n_embd"] * (1 if fields.get("tie_head") else 2)  # RWKV's is never tied
     return -fewer, f"ours pads the vocabulary of {V} to {rows} rows, a multiple of {multiple}"
 
 
@@ -152,3 +175,15 @@ def _mamba2(transformers, f: dict):
         **_state_space(f), head_dim=f["head_dim"], num_heads=heads, n_groups=f["n_groups"]
     )
     return config, transformers.Mamba2ForCausalLM, "", 0
+
+
+def _rwkv4(transformers, f: dict):
+    config = transformers.RwkvConfig(
+        vocab_size=f["vocab_size"], context_length=f["block_size"], hidden_size=f["n_embd"], tie_word_embeddings=False,
+        num_hidden_layers=f["n_layer"], intermediate_size=f["d_ffn"] or 4 * f["n_embd"], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return config, transformers.RwkvForCausalLM, "", 0
+
+
+def _rwkv7(_, f: dict):
+    return *recurrent.rwkv7(f), "", 0

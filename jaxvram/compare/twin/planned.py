@@ -1,10 +1,14 @@
 """Peak memory of a train step of which nothing is executed: fake tensors, and PyTorch's own tracker."""
 
+import importlib
+
 import attention
 import torch
 import training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracker import Tracker
+
+STOOD_IN = {"mamba": "scans", "rwkv4": "wkv", "rwkv7": "recurrences"}  # a recurrence by what it allocates: kind -> module
 
 
 def mend() -> None:
@@ -40,12 +44,11 @@ def plan(request, variant) -> tuple[dict, dict]:
     """(what the answer says of a variant, its parameters), for the second step: the first makes the optimizer's state."""
     if request.device == "cuda":
         attention.route()
-    if request.model["kind"] != "dit":
+    kind = request.model["kind"]
+    if kind not in ("dit", "retnet"):  # of transformers
         unpacked()
-    if request.model["kind"] == "mamba":
-        import scans
-
-        scans.route()
+    if kind in STOOD_IN:
+        importlib.import_module(STOOD_IN[kind]).route(request.model)
     mend()
     # Libraries hold small true tensors of their own; they weigh nothing.
     with FakeTensorMode(allow_non_fake_inputs=True):

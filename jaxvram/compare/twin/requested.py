@@ -5,7 +5,7 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "mamba", "mamba2", "dit")
+KINDS = ("gpt2", "llama", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit")
 WAYS = ("planned", "measured")
 
 
@@ -29,7 +29,7 @@ VARIANTS = {
 }
 NO_FLASH = {  # model.kind -> variants that it has in place of those with flash attention
     kind: {"flash": "eager", "flash+checkpoint": "checkpoint", "flash+checkpoint+8bit": "checkpoint+8bit"}
-    for kind in ("mamba", "mamba2")
+    for kind in ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
 }
 
 

@@ -44,7 +44,7 @@ def selective_scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, 
     return scan_output
 
 
-def route() -> None:
+def route(model: dict) -> None:
     """From now on, MambaMixer's scan is this one."""
     from transformers.models.mamba import modeling_mamba
 
