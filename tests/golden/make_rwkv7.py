@@ -40,8 +40,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
             norm(f"{layer}.{name}")
         for name in "rwkvag":
             named[f"{layer}.attn.x_{name}"] = 0.5 + draw(0.3, 1, 1, D)
-        for name in "rkvo":
-            named[f"{layer}.attn.{name}_proj.weight"] = draw(D**-0.5, D, D)
+        for name in "rkvo":  # what a head reads is normed: where it is small, that is a division by little, and digits go
+            named[f"{layer}.attn.{name}_proj.weight"] = draw((3 if name in "kv" else 1) * D**-0.5, D, D)
         for name, rank in RANKS.items():
             if name == "v" and i == 0:
                 continue
