@@ -11,7 +11,9 @@ What runs is chunks or, on an NVIDIA GPU and up to SHORT, the parallel form by t
 4 (K + P) T FLOPs a token and head, forward and backward, and nothing but inputs and results goes through memory. Those of
 chunks don't grow with T, but seven times in 64 tokens a state of K P numbers in bf16 is written or read: 7/32 K P bytes a
 token and head. The times of both are equal where T (K + P) / (K P) is 7/128 of the FLOPs that a card makes while it moves
-a byte: at 6.3 on an RTX 4070 (116 of its peaks), which for the paper's heads of 256 keys and 432 values is T = 1,020.
+a byte: by the peaks of an RTX 4070 (116 FLOPs a byte) at T = 1,020 for the paper's heads of 256 keys and 432 values, and by
+those of an H200 at 1,600. Measured there the parallel form is 1.2 times faster at 512 and half as fast at 2,048 (docs/
+retnet.md): it is taken up to 512.
 
 Kept for the backward pass are the inputs alone, in all forms.
 """
@@ -25,7 +27,7 @@ import numpy as np
 from jaxvram.kernels import backend, retention_pallas, scalar_decay_xla
 from jaxvram.kernels.scalar_decay import FEW, scalar_decay, settled
 
-SHORT = 6.4  # T (K + P) / (K P) up to which a GPU runs the parallel form: 1,024 tokens at the paper's heads
+SHORT = 3.2  # T (K + P) / (K P) up to which a GPU runs the parallel form: 512 tokens at the paper's heads
 
 
 def log_gammas(heads: int) -> np.ndarray:

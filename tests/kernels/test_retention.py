@@ -195,8 +195,8 @@ def kernels_of(T, state=False, **options):
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
-        ({"T": 1024}, {"retention"}),
-        ({"T": 1029}, {"scalar_decay"}),
+        ({"T": 514}, {"retention"}),
+        ({"T": 515}, {"scalar_decay"}),
         ({"T": 512, "state": True}, {"scalar_decay"}),
         ({"T": 16}, {"retention"}),
         ({"T": 15, "kernels": "pallas"}, {"scalar_decay"}),
@@ -210,7 +210,7 @@ def test_who_runs(options, kernels):
 
 
 def test_narrow_heads_turn_to_chunks_sooner():
-    assert is_short(200, 64, 64) and not is_short(210, 64, 64) and is_short(512, 256, 256)
+    assert is_short(100, 64, 64) and not is_short(105, 64, 64) and is_short(512, 256, 432)
 
 
 def test_state_is_there_where_one_was():
