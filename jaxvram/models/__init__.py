@@ -6,6 +6,8 @@ from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 from jaxvram.models.retnet import RetNet, RetNetConfig
+from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
+from jaxvram.models.rwkv6 import RWKV6, RWKV6Config
 from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
 
 MODELS = {
@@ -15,6 +17,8 @@ MODELS = {
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
     "retnet": (RetNet, RetNetConfig),
+    "rwkv5": (RWKV5, RWKV5Config),
+    "rwkv6": (RWKV6, RWKV6Config),
     "rwkv7": (RWKV7, RWKV7Config),
 }
 
