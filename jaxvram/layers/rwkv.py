@@ -1,7 +1,6 @@
 """What RWKV's generations share: the frame, a layer's state, the norm of heads, channel mixing and starting ratios."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -34,8 +33,8 @@ class RWKVBlock(nn.Module):
 
     cfg: Any
     layer: Any = 0  # its place, which its starting weights depend on
-    time_mix: ClassVar[Callable[..., nn.Module]]  # (z, state, resets) -> (att, (the last token, S))
-    channel_mix: ClassVar[Callable[..., nn.Module]]  # (z, the token before the first, resets) -> (ffn, the last token)
+    time_mix: ClassVar[type[nn.Module]]  # (z, state, resets) -> (att, (the last token, S))
+    channel_mix: ClassVar[type[nn.Module]]  # (z, the token before the first, resets) -> (ffn, the last token)
 
     @nn.compact
     def __call__(self, x_BxTxD, state, resets_BxT, deterministic: bool = True):

@@ -148,9 +148,13 @@ class TimeMix(nn.Module):
         return -jnp.exp(self._vector("time_decay") + own_BxTxD)
 
 
+class MaaChannelMix(ChannelMix):
+    maa: bool = True
+    power: int = 3
+
+
 class Block(RWKVBlock):
-    time_mix = TimeMix
-    channel_mix = functools.partial(ChannelMix, maa=True, power=3)
+    time_mix, channel_mix = TimeMix, MaaChannelMix
 
 
 class RWKV6(RWKVLM):
