@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvram.kernels import backend, wkv6_xla
+from jaxvram.kernels import backend, wkv6_pallas, wkv6_xla
+
+FEW = 16  # tokens below which 'auto' is XLA, which takes them one by one
 
 
 def wkv6_reference(r_BxTxHxN, log_decay, k_BxTxHxN, v_BxTxHxN, u_HxN, *, s_BxHxNxN=None, resets_BxT=None):
@@ -35,7 +37,8 @@ def wkv6(
       u_HxN: the bonus of a token's own key, fp32.
       s_BxHxNxN: the state before the first token (values x keys), fp32; None: zeros.
       resets_BxT: bool; where true a document begins: the state before counts as zero. Not differentiated.
-      implementation: 'auto' or 'xla'.
+      implementation: 'auto': kernels where the program is lowered for CUDA and they take the call (bf16, heads of 16, 32 or
+        64), else XLA; 'pallas', 'xla' or 'interpret' (the kernels, slowly, anywhere, in fp32 too): that one.
     Returns:
       (y_BxTxHxN in the dtype of v, s_BxHxNxN in fp32). Both have gradients by all arguments but resets_BxT.
     Raises:
@@ -45,7 +48,9 @@ def wkv6(
     g, u = jnp.asarray(log_decay, jnp.float32), jnp.asarray(u_HxN, jnp.float32)
     s = None if s_BxHxNxN is None else jnp.asarray(s_BxHxNxN, jnp.float32)
     _check(r, g, k, v, u, s, resets_BxT)
-    choice = backend.choose("wkv6", implementation, "there is none yet")
+    if implementation == "auto" and (r.shape[1] < FEW or r.dtype == jnp.float32):
+        implementation = "xla"
+    choice = backend.choose("wkv6", implementation, _obstacle(implementation, r, k, v))
     return _wkv6(choice, (r, g, k, v, u), s, None if resets_BxT is None else jnp.asarray(resets_BxT, bool))
 
 
@@ -61,6 +66,16 @@ def _check(r, g, k, v, u, s, resets) -> None:
             raise ValueError(f"wkv6: {name} is {jnp.shape(array)} and must be {wanted}")
 
 
+def _obstacle(implementation: str, *arrays) -> str | None:
+    """Why the kernels don't take a call. In fp32 they would be slow and spill; interpreted, they show that they're right."""
+    N, dtypes = arrays[0].shape[-1], {x.dtype for x in arrays}
+    if N not in wkv6_pallas.HEADS:
+        return f"a head of {N} is none of {', '.join(map(str, wkv6_pallas.HEADS))}"
+    if dtypes != {jnp.dtype(jnp.bfloat16)} and (implementation != "interpret" or dtypes != {jnp.dtype(jnp.float32)}):
+        return f"r, k, v: dtypes {', '.join(str(x.dtype) for x in arrays)} are not all bfloat16"
+    return None
+
+
 def _settled(v_BxTxHxN, s):
     """The state in full. Made here, and not before: a state of zeros need not be kept."""
     B, _, H, N = v_BxTxHxN.shape
@@ -74,13 +89,13 @@ def _wkv6(implementation: str, arrays, s, resets):
 
 def _forward(implementation, arrays, s, resets):
     full = (*arrays, _settled(arrays[3], s), resets)
-    return wkv6_xla.forward(*full), (arrays, s, resets)
+    return backend.dispatch(implementation, wkv6_pallas.forward, wkv6_xla.forward, *full), (arrays, s, resets)
 
 
 def _backward(implementation, residuals, cotangents):
     arrays, s, resets = residuals
     full = (*arrays, _settled(arrays[3], s), resets, *cotangents)
-    *gradients, ds = wkv6_xla.backward(*full)
+    *gradients, ds = backend.dispatch(implementation, wkv6_pallas.backward, wkv6_xla.backward, *full)
     no_gradient = None if resets is None else np.zeros(resets.shape, jax.dtypes.float0)
     return tuple(gradients), None if s is None else ds, no_gradient
 

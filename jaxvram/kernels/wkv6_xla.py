@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxvram.kernels import segments
 
 CHUNK = 16
-HALVES = (1, 2, 4, 8)  # tokens of half a block, by level
+LEVELS = range(4)  # at which half a block has 1, 2, 4 and 8 tokens
 FLOOR = -1e3  # exp of it is 0 in fp32, so that log decays may as well end there: -inf times 0 would be no number
 SEGMENT_BUDGET = 4 * 2**20  # bytes of one fp32 array of a token and channel each, of all chunks computed side by side
 
@@ -46,15 +46,20 @@ def token_by_token(r, log_decay, k, v, u_HxN, s, resets):
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
-def spans(t, i, h: int):
-    """Whether the log decay of token i lies between token t and the bound that t's block of 2 h has in its middle."""
-    middle = t // (2 * h) * (2 * h) + h
+def middle_of(t, level):
+    """The first token of the later half of t's block of 2 << level tokens."""
+    return (2 * (t >> (level + 1)) + 1) << level
+
+
+def spans(t, i, level):
+    """Whether the log decay of token i lies between token t and the middle of its block."""
+    middle = middle_of(t, level)
     return ((middle <= i) & (i < t)) | ((t < i) & (i < middle))
 
 
-def across(t, j, h: int):
-    """Whether t is in the later half of a block of 2 h tokens, and j in the earlier one."""
-    return (t // (2 * h) == j // (2 * h)) & (t // h % 2 == 1) & (j // h % 2 == 0)
+def across(t, j, level):
+    """Whether t is in the later half of a block of 2 << level tokens, and j in the earlier one."""
+    return ((t >> level) == (j >> level) + 1) & ((t >> level) % 2 == 1)
 
 
 def _side_by_side(x_BxTxHxN, n: int):
@@ -82,9 +87,9 @@ def _segment(r, g, k, v, u_HxN, s_BxHxNxN, resets_BxT):
     decay = lambda mask: jnp.exp(product("ti,...in->...tn", mask.astype(jnp.float32), g))
     pairs = lambda x, y, mask: jnp.where(mask, product("...in,...jn->...ij", x, y), 0)
     A = pairs(r * u_HxN[:, None, None, :], k, t == i)
-    for h in HALVES:
-        f = decay(spans(t, i, h))
-        A += pairs(r * f, k * f, across(t, i, h) & same)
+    for level in LEVELS:
+        f = decay(spans(t, i, level))
+        A += pairs(r * f, k * f, across(t, i, level) & same)
     added = product("...jv,...jn->...vn", v, k * decay(i > t) * to_end)
     through = jnp.exp(g.sum(3, keepdims=True)) * from_start[..., -1:, :]
 
