@@ -143,7 +143,7 @@ def test_a_folder_has_the_hubs_names(version, tmp_path):
     [
         (lambda p: edit_config(p, model_type="rwkv5"), "is of a 'rwkv5' model; this recipe's model is 'rwkv6'"),
         (lambda p: edit_config(p, layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06 is no RWKV-6"),
-        (lambda p: edit_weights(p, lambda t: {k: t[k] for k in t if "1.ln2.bias" not in k}), "has no tensor 'rwkv.blocks.1.l"),
+        (lambda p: edit_weights(p, lambda t: {k: t[k] for k in t if "1.ln2.bias" not in k}), "has no tensor 'rwkv.blocks.1"),
         (
             lambda p: edit_weights(p, lambda t: {k: x[..., :4] if "decay_w1" in k else x for k, x in t.items()}),
             r"d_decay=4 \(the recipe: 5\); add --config.model.d_decay=4",
