@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from parity import installed
 from jaxvram import convert
 from jaxvram.convert import torch_file
 from jaxvram.errors import UserError
+from jaxvram.main import main
 from jaxvram.models.rwkv4 import RWKV4Config
 from jaxvram.models.rwkv5 import VERSIONS, RWKV5Config
 from jaxvram.models.rwkv6 import RWKV6Config
@@ -156,3 +158,15 @@ def test_a_damaged_folder_of_rwkv6(damage, message, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
         load(tmp_path / "model", "6")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("out", ["again.pth", "folder"])
+def test_the_export_of_a_file_is_that_file(out, tmp_path, quick_compile, capsys):
+    params = written("6", tmp_path / "model.pth")
+    recipe = pathlib.Path(__file__).parents[2] / "configs" / "rwkv6.py"
+    fields = {"vocab_size": 37, "vocab_multiple": 16, "n_layer": 2, "n_embd": 16, "d_ffn": 12, "head_dim": 8}
+    arguments = [f"--config.model.{k}={v}" for k, v in (fields | {"d_mix": 3, "d_decay": 5, "reset_token": -1}).items()]
+    arguments += [f"--config.train.init_from={tmp_path / 'model.pth'}", f"--workdir={tmp_path / 'run'}", "--mode=export"]
+    assert main(["launch.py", f"--config={recipe}:tiny", *arguments, f"--out={tmp_path / out}"]) == 0
+    assert str(tmp_path / out) in capsys.readouterr().out
+    assert_equal(load(tmp_path / out, "6"), params)
