@@ -7,7 +7,7 @@
   python launch.py --config=configs/rwkv5.py --config.model.version=5.0 --config.model.n_layer=12 --config.model.n_embd=768
 
   variant    parameters  card      time           planned peak  what to expect
-  0.4b         462 M   RTX 4070  2 days           8.0 GiB       not known
+  0.4b         462 M   RTX 4070  2.4 days         7.8 GiB       not known
   tiny         6.6 M   2 cores   3 minutes        0.3 GiB       not seen yet
 
 0.4b is the authors' size of that name, of version 5.2; the larger ones, and 5.0 and 5.1, are overrides of its model (a file

@@ -1,4 +1,4 @@
-"""RWKV-5's and 6's recurrence: every kind of call against the definition, by kernels and by XLA, and decays of every strength."""
+"""RWKV-5's and 6's recurrence: every kind of call against the definition, by kernels and XLA; decays of every strength."""
 
 import functools
 import importlib.util
@@ -56,7 +56,8 @@ def by_numpy(arrays, resets):
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_the_definition_is_the_papers(constant):
-    arrays, resets = make(np.random.RandomState(0), jnp.float32, constant=constant), np.random.RandomState(3).rand(2, 40) < 0.07
+    arrays = make(np.random.RandomState(0), jnp.float32, constant=constant)
+    resets = np.random.RandomState(3).rand(2, 40) < 0.07
     for got, want in zip(call(wkv6_reference, *arrays, resets=resets), by_numpy(arrays, resets), strict=True):
         assert proof.rms_error(got, want) < 1e-6
 
@@ -182,7 +183,7 @@ def test_what_backward_keeps_is_the_inputs(constant, bytes_a_channel):
     [
         ({"implementation": "palas"}, "implementation='palas' is none of auto, pallas"),
         ({"k_BxTxHxN": np.zeros((2, 40, 1, 8))}, r"k \(2, 40, 1, 8\), .* must be three times one \(B, T, H, N\)"),
-        ({"log_decay": np.zeros((2, 40, 1))}, r"log_decay is \(2, 40, 1\) and must be \(2, 40, 1, 16\), or \(1, 16\) for one"),
+        ({"log_decay": np.zeros((2, 40, 1))}, r"log_decay is \(2, 40, 1\) and must be \(2, 40, 1, 16\), or \(1, 16\)"),
         ({"u_HxN": np.zeros(16)}, r"u_HxN is \(16,\) and must be \(1, 16\)"),
         ({"s_BxHxNxN": np.zeros((2, 1, 16, 8))}, r"s_BxHxNxN is \(2, 1, 16, 8\) and must be \(2, 1, 16, 16\)"),
         ({"resets_BxT": np.zeros((2, 7))}, r"resets_BxT is \(2, 7\)"),
