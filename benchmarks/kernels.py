@@ -1,20 +1,27 @@
 """Our kernels on the GPU of this machine, beside XLA and cuDNN: correct first, then time, as ratios.
 
-  python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
+  python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # --minutes=7 at the most
+  python benchmarks/kernels.py --only='wkv|retention'                            # these; the file keeps its other rows
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-4 to 7 and products with
-NF4 weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
-by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, the recurrences of RWKV and products with NF4 weights, the
+same: ours, and the XLA path. Retention: both our forms, whichever `retention` would take at that length, and the XLA path.
+Nothing is timed whose result differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each
+turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
 import functools
 import json
+import os
 import pathlib
+import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
-from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
+from jaxvram.kernels.retention import log_gammas, retention_parallel, retention_tiled  # noqa: E402
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
 from jaxvram.kernels.wkv4 import wkv4, wkv4_reference  # noqa: E402
@@ -41,13 +48,17 @@ ATTENTION = [  # B, T, H, G, K, causal
 CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
 SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
-RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
+RETENTION = [  # B, T, H, P, N; the last as flash-linear-attention has it
+    (8, 512, 4, 432, 256),
+    (4, 2048, 4, 432, 256),
+    (8, 2048, 32, 256, 256),
+]
 WKV4 = [(8, 1024, 768)]  # B, T, D
 WKV6 = [(8, 1024, 12, 64, False), (8, 1024, 12, 64, True)]  # B, T, H, N, whether the decay is constant (RWKV-5)
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
-ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
+ROUNDS, TURN_SECONDS = 7, 0.06
 RMS_LIMIT = 1e-2
 
 
@@ -109,9 +120,13 @@ def retention_sides(B, T, H, P, N):
     q, k, v = (
         jax.random.normal(key, (B, T, H, width), jnp.bfloat16) for key, width in zip(keys, (N, N, P), strict=True)
     )
-    o = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
-    reference = lambda q, k, v: retention_parallel(q, k, v, gammas)
-    return {name: o(name) for name in OURS_AND_XLA}, reference, (q, N**-0.5 * k, v), 3
+    chunks = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
+    sides = {
+        "parallel-pallas": lambda q, k, v: retention_tiled(q, k, v, gammas, implementation="pallas"),
+        "chunks-pallas": chunks("pallas"),
+        "xla": chunks("xla"),
+    }
+    return sides, lambda q, k, v: retention_parallel(q, k, v, gammas), (q, N**-0.5 * k, v), 3
 
 
 def wkv4_sides(B, T, D):
@@ -156,32 +171,56 @@ def nf4_linear_sides(N, F, D):
     return {name: y(name) for name in OURS_AND_XLA}, lambda x: nf4_linear_reference(x, weight, F), (x_NxD,), 1
 
 
-def measure(sides, reference, args, count: int) -> dict:
-    """Errors of each side, and the median time of each of its two programs in microseconds."""
-    in_fp32 = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+@dataclasses.dataclass
+class Compiled:
+    """The programs of a case: `wanted` gives the definition's results in fp32, `programs[side]` is forward and both ways."""
+
+    wanted: Callable
+    programs: dict[str, tuple[Callable, Callable]]
+    refused: dict[str, str]  # side -> why
+    names: list[str]  # of the sides, ours first
+
+
+def in_fp32(args) -> list:
+    return [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+
+
+def compile_case(make) -> Compiled:
+    sides, reference, args, count = make()
+    compiled = Compiled(None, {}, {}, [*sides])
+    results = lambda *args: (reference(*args), *with_gradients(reference, count)(*args)[1])
     with jax.default_matmul_precision("highest"):
-        want = (jax.jit(reference)(*in_fp32), *with_gradients(reference, count)(*in_fp32)[1])
-    programs, result = {}, {}
+        compiled.wanted = jax.jit(results).lower(*in_fp32(args)).compile()
     for name, side in sides.items():
-        forward, both = jax.jit(side), with_gradients(side, count)
         try:
-            errors = [rms_error(g, w) for g, w in zip((forward(*args), *both(*args)[1]), want, strict=True)]
+            both = [f.lower(*args).compile() for f in (jax.jit(side), with_gradients(side, count))]
+            compiled.programs[name] = tuple(both)
         except (RuntimeError, ValueError, NotImplementedError) as error:  # cuDNN does not take every shape
-            result[name] = {"refused": " ".join(str(error).split())[:200]}
-            continue
+            compiled.refused[name] = " ".join(str(error).split())[:200]
+    return compiled
+
+
+def measure(compiled: Compiled, args) -> dict:
+    """Errors of each side, and the median time of each of its two programs in microseconds."""
+    want, timed = compiled.wanted(*in_fp32(args)), {}
+    result = {}
+    for name, (forward, both) in compiled.programs.items():
+        errors = [rms_error(g, w) for g, w in zip((forward(*args), *both(*args)[1]), want, strict=True)]
         result[name] = {"rms_errors": errors}
         if max(errors) < RMS_LIMIT:
-            programs |= {(name, "forward"): forward, (name, "forward_backward"): both}
-    del want, in_fp32
-    for (name, what), samples in take_turns(programs, args).items():
+            timed |= {(name, "forward"): forward, (name, "forward_backward"): both}
+    del want
+    for (name, what), samples in take_turns(timed, args).items():
         result[name][f"{what}_us"] = statistics.median(samples)
-    return result
+    result |= {name: {"refused": why} for name, why in compiled.refused.items()}
+    return {name: result[name] for name in compiled.names}
 
 
 def take_turns(programs, args) -> dict:
     """{program: microseconds a call, of each round}."""
     calls = {}
     for key, program in programs.items():
+        jax.block_until_ready(program(*args))
         start = time.perf_counter()
         jax.block_until_ready(program(*args))
         calls[key] = max(3, int(TURN_SECONDS / (time.perf_counter() - start)))
@@ -197,11 +236,11 @@ def take_turns(programs, args) -> dict:
 
 
 def ratios(result: dict) -> str:
-    """ours against each other side: above 1, ours is faster."""
-    words = []
+    """The first side, ours, against each other one: above 1, ours is faster."""
+    words, first = [], next(iter(result))
     for what in ("forward_us", "forward_backward_us"):
-        ours = result["pallas"].get(what)
-        others = [f"{name} {r[what] / ours:.2f}" for name, r in result.items() if ours and name != "pallas" and what in r]
+        ours = result[first].get(what)
+        others = [f"{name} {r[what] / ours:.2f}" for name, r in result.items() if ours and name != first and what in r]
         words.append(f"{what.removesuffix('_us')} {f'{ours:.0f} us, times: ' + ', '.join(others) if ours else 'WRONG'}")
     return "; ".join(words)
 
@@ -227,24 +266,33 @@ def cases() -> list[tuple]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
+    parser.add_argument("--only", default="", help="a regular expression that finds the names of cases")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no case is begun after these")
     options = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         print("this machine has no GPU to measure on; --mode=kernels of launch.py says what a compiler can", file=sys.stderr)
         return 2
-    started, results = time.monotonic(), {}
-    for name, make in cases():
-        if time.monotonic() - started > LIMIT_SECONDS:
-            print(f"{name}: left out, {LIMIT_SECONDS} s are over", flush=True)
-            continue
-        results[name] = measure(*make())
-        print(f"{name}: {ratios(results[name])}", flush=True)
     card = device.device_kind
     default = ROOT / f"benchmarks/results/kernels_{card.removeprefix('NVIDIA ').lower().replace(' ', '_')}.json"
     out = pathlib.Path(options.out or default)
-    out.write_text(json.dumps({"card": card, "jax": jax.__version__, "results": results}, indent=2) + "\n")
+    kept = json.loads(out.read_text())["results"] if out.exists() else {}
+    chosen = {name: make for name, make in cases() if re.search(options.only, name)}
+    started, results = time.monotonic(), {}
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # nothing is timed before all are done
+        compiled = {name: pool.submit(compile_case, make) for name, make in chosen.items()}
+    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+    for name, make in chosen.items():
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"{name}: left out, {options.minutes} minutes are over", flush=True)
+            continue
+        results[name] = measure(compiled.pop(name).result(), make()[2])
+        print(f"{name}: {ratios(results[name])}", flush=True)
+        record = {"card": card, "jax": jax.__version__, "results": kept | results}
+        out.write_text(json.dumps(record, indent=2) + "\n")  # after each: whatever ends the run, they stay
     print(out)
-    return 0 if all("forward_us" in result["pallas"] for result in results.values()) else 1
+    ours = [side for result in results.values() for name, side in result.items() if name.endswith("pallas")]
+    return 0 if all("forward_us" in side for side in ours) else 1
 
 
 if __name__ == "__main__":

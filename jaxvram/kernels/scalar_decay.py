@@ -106,7 +106,7 @@ def _obstacle(q, k, v) -> str | None:
     return None
 
 
-def _settled(v_BxTxHxP, N: int, log_decay, weight_BxTxH, h_BxHxPxN):
+def settled(v_BxTxHxP, N: int, log_decay, weight_BxTxH=None, h_BxHxPxN=None):
     """Decay, weight and state in full. Made here, and not before: constants need not be kept."""
     B, T, H, P = v_BxTxHxP.shape
     weight_BxTxH = jnp.ones((B, T, H), jnp.float32) if weight_BxTxH is None else weight_BxTxH
@@ -122,7 +122,7 @@ def _scalar_decay(implementation: str, q, k, v, g, w, h, resets):
 def _forward(implementation, q, k, v, g, w, h, resets):
     results = backend.dispatch(
         implementation, scalar_decay_pallas.forward, scalar_decay_xla.forward,
-        q, k, v, *_settled(v, q.shape[-1], g, w, h), resets,
+        q, k, v, *settled(v, q.shape[-1], g, w, h), resets,
     )  # fmt: skip
     return results, (q, k, v, g, w, h, resets)
 
@@ -133,7 +133,7 @@ def _backward(implementation, residuals, cotangents):
     rows = not fixed or w is not None  # numbers a token that have a gradient
     backward = (functools.partial(f.backward, rows=rows) for f in (scalar_decay_pallas, scalar_decay_xla))
     dq, dk, dv, drows, dh = backend.dispatch(
-        implementation, *backward, q, k, v, *_settled(v, q.shape[-1], g, w, h), resets, *cotangents
+        implementation, *backward, q, k, v, *settled(v, q.shape[-1], g, w, h), resets, *cotangents
     )
     dg, dw = drows if rows else (None, None)
     dg = jnp.zeros_like(g) if fixed else dg

@@ -22,7 +22,7 @@ from jaxvram.kernels import backend
 from jaxvram.kernels.backend import HIDDEN
 from jaxvram.kernels.scalar_decay_tiles import KEYS, Span, block_of, blocks_of, load, store, tiles_for, walkers
 from jaxvram.kernels.scalar_decay_xla import Decays, decays
-from jaxvram.kernels.segments import walk, walk_back
+from jaxvram.kernels.segments import equal_segments, walk, walk_back
 
 BUDGET = 128 * 2**20  # bytes of the states before all chunks of a segment; a longer sequence has more segments
 
@@ -240,11 +240,9 @@ def _of_head(x, *index):
 def _segments(tile, v_BxTxHxP, N: int) -> tuple[int, int]:
     """(tokens of a segment, number of segments): as many that the states of its chunks stay within BUDGET."""
     B, T, H, P = v_BxTxHxP.shape
-    chunks = pl.cdiv(T, tile.rows)
-    least = pl.cdiv(chunks, max(1, BUDGET // (B * H * P * N * v_BxTxHxP.dtype.itemsize)))
-    # Equal ones, if need be a few more: for a shorter last one all arrays would be copied and padded.
-    count = next((n for n in range(least, 2 * least) if chunks % n == 0), least)
-    return tile.rows * pl.cdiv(chunks, count), count
+    most = BUDGET // (B * H * P * N * v_BxTxHxP.dtype.itemsize)
+    chunks, count = equal_segments(pl.cdiv(T, tile.rows), most)
+    return tile.rows * chunks, count
 
 
 def forward(

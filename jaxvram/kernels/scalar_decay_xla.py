@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.kernels.backend import HIDDEN, LOG2_E
-from jaxvram.kernels.segments import walk, walk_back
+from jaxvram.kernels.segments import equal_segments, walk, walk_back
 
 CHUNK = 64
 SEGMENT_BUDGET = 32 * 2**20  # bytes of one (tokens, tokens) array of fp32 of all chunks that are computed side by side
@@ -174,9 +174,8 @@ def _segments(v_BxTxHxP) -> tuple[int, int, int]:
     """(tokens of a chunk, of a segment, number of segments)."""
     B, T, H, _ = v_BxTxHxP.shape
     C = min(CHUNK, T)
-    chunks = -(-T // C)
-    count = -(-chunks // max(1, SEGMENT_BUDGET // (4 * B * H * C * C)))
-    return C, C * -(-chunks // count), count
+    chunks, count = equal_segments(-(-T // C), SEGMENT_BUDGET // (4 * B * H * C * C))
+    return C, C * chunks, count
 
 
 def _grouped(h_BxHxPxN, G: int):

@@ -4,6 +4,16 @@ import jax
 import jax.numpy as jnp
 
 
+def equal_segments(chunks: int, most: int) -> tuple[int, int]:
+    """(chunks of a segment, number of segments), with `most` chunks in one at the most.
+
+    Equal ones, if need be up to twice as many: for a shorter last one all arrays would be copied and padded.
+    """
+    least = -(-chunks // max(1, most))
+    count = next((n for n in range(least, 2 * least) if chunks % n == 0), least)
+    return -(-chunks // count), count
+
+
 def walk(step, carry, arrays, L: int, count: int, extra=None, reverse=False):
     """scan of step(carry, the arrays' segment of L tokens, extra's entry) over the segments; results end to end."""
     T = jax.tree.leaves(arrays)[0].shape[1]

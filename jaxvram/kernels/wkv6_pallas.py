@@ -30,6 +30,13 @@ def _fp32(x):
     return x.astype(jnp.float32)
 
 
+def _load(ref, c, C: int):
+    """A chunk's tile: of tokens, turned; what all tokens share, as a column; or the one of its own."""
+    if len(ref.shape) == 1:
+        return backend.load(ref)[:, None]
+    return backend.load(ref.at[c]) if len(ref.shape) == 3 else backend.load(ref.at[pl.ds(c * C, C), :]).T
+
+
 class _Span:
     """The tokens whose log decays an exponent of token t sums: by a mask, or how many they are."""
 
@@ -42,18 +49,20 @@ class _Chunk:
     of all products but the small ones. (Triton gives the warps of chained products rows of 16 each.)
     """
 
-    def __init__(self, c, C: int, T: int, dtype, g_ref, document_ref):
-        self.start, self.C, self.dtype, self.constant = c * C, C, dtype, len(g_ref.shape) == 1
+    def __init__(self, c, C: int, T: int, dtype, g, document_ref):
+        """`g`: log decays, (N, C), or (N, 1) of a constant one."""
+        self.start, self.C, self.dtype, self.constant = c * C, C, dtype, g.shape[1] == 1
         self.row, self.column = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
         self.own = self.row == self.column
         self.token_1xC = jax.lax.broadcasted_iota(jnp.int32, (1, C), 1)
         self.length = length = jnp.minimum(C, T - self.start)  # tokens behind the end don't decay
         self.before = _Span(lambda t, i: i < t, lambda t: t)
         self.behind = _Span(lambda t, i: i > t, lambda t: jnp.maximum(length - 1 - t, 0))
-        g = backend.load(g_ref)[:, None] if self.constant else self.load(g_ref)
         self.g = jnp.maximum(g, FLOOR) * LOG2_E  # so that decays are powers of two
         self.same, self.from_start, self.to_end = True, 1.0, 1.0
-        self.through_1xN = jnp.exp2(self.g * length if self.constant else self.g.sum(axis=1)[:, None]).T
+        # Of equal columns any one: a sum over tokens would go through all warps.
+        total_Nx1 = self.g * length if self.constant else self.sums(self.g, self.row >= 0).max(axis=1)[:, None]
+        self.through_1xN = jnp.exp2(total_Nx1).T
         if document_ref is not None:
             document_C = backend.load(document_ref.at[pl.ds(self.start, C)])
             last = document_C.max()  # they are counted
@@ -74,9 +83,6 @@ class _Chunk:
     def levels(self, of_level, carry):
         """of_level(level, carry) for all of them. A loop: unrolled it spills."""
         return jax.lax.fori_loop(0, self.C.bit_length() - 1, of_level, carry)
-
-    def load(self, ref):
-        return backend.load(ref.at[pl.ds(self.start, self.C), :]).T
 
     def store(self, ref, value_NxC) -> None:
         backend.store(ref.at[pl.ds(self.start, self.C), :], value_NxC.T)
@@ -119,8 +125,9 @@ def _documents(refs, outputs: int):
 
 def _pairs_kernel(r_ref, g_ref, k_ref, u_ref, *refs, T: int, C: int):
     document_ref, (A_ref,) = _documents(refs, 1)
-    chunk = _Chunk(pl.program_id(0), C, T, r_ref.dtype, g_ref, document_ref)
-    r, k = map(chunk.load, (r_ref, k_ref))
+    c = pl.program_id(0)
+    r, g, k = (_load(ref, c, C) for ref in (r_ref, g_ref, k_ref))
+    chunk = _Chunk(c, C, T, r.dtype, g, document_ref)
 
     def of_level(level, A_CxC):
         f = chunk.decay(chunk.to_middle(level))
@@ -130,51 +137,67 @@ def _pairs_kernel(r_ref, g_ref, k_ref, u_ref, *refs, T: int, C: int):
     backend.store(A_ref, chunk.levels(of_level, own))
 
 
+def _walk(of_chunk, s_NxN, refs, T: int, C: int, reverse=False):
+    """s = of_chunk(c, s, its tiles) along the chunks. Each round loads the next one's tiles: memory answers meanwhile."""
+    n = pl.cdiv(T, C)
+    place = lambda i: n - 1 - i if reverse else i
+    tiles = lambda i: [_load(ref, place(i), C) for ref in refs]
+
+    def step(i, carry):
+        s_NxN, now = carry
+        following = tiles(jnp.minimum(i + 1, n - 1))
+        return of_chunk(place(i), s_NxN, now), following
+
+    return jax.lax.fori_loop(0, n, step, (s_NxN, tiles(jnp.int32(0))))[0]
+
+
 def _forward_kernel(r_ref, g_ref, k_ref, v_ref, A_ref, s_ref, *refs, T: int, C: int):
     document_ref, (y_ref, last_ref) = _documents(refs, 2)
 
-    def of_chunk(c, s_NxN):
-        chunk = _Chunk(c, C, T, v_ref.dtype, g_ref, document_ref)
-        r, k, v = map(chunk.load, (r_ref, k_ref, v_ref))
+    def of_chunk(c, s_NxN, tiles):
+        r, g, k, v, A_CxC = tiles
+        chunk = _Chunk(c, C, T, v.dtype, g, document_ref)
         r = chunk.scaled(r, chunk.decay(chunk.before) * chunk.from_start)
         k = chunk.scaled(k, chunk.decay(chunk.behind) * chunk.to_end)
-        y_NxC = backend.dot(s_NxN.astype(chunk.dtype), r) + backend.dot(v, backend.load(A_ref.at[c]), trans_b=True)
+        y_NxC = backend.dot(s_NxN.astype(chunk.dtype), r) + backend.dot(v, A_CxC, trans_b=True)
         chunk.store(y_ref, y_NxC)
         return s_NxN * chunk.through_1xN + backend.dot(v, k, trans_b=True)
 
-    backend.store(last_ref, jax.lax.fori_loop(0, pl.cdiv(T, C), of_chunk, backend.load(s_ref)))
+    backend.store(last_ref, _walk(of_chunk, backend.load(s_ref), (r_ref, g_ref, k_ref, v_ref, A_ref), T, C))
 
 
 def _states_kernel(r_ref, g_ref, k_ref, v_ref, dy_ref, s_ref, ds_ref, *refs, T: int, C: int):
     """Both walks at once, a program each."""
     document_ref, (before_ref, behind_ref, first_ref) = _documents(refs, 3)
 
-    def onwards(c, s_NxN):
+    def onwards(c, s_NxN, tiles):
+        k, g, v = tiles
         backend.store(before_ref.at[c], s_NxN)
-        chunk = _Chunk(c, C, T, v_ref.dtype, g_ref, document_ref)
-        k = chunk.scaled(chunk.load(k_ref), chunk.decay(chunk.behind) * chunk.to_end)
-        return s_NxN * chunk.through_1xN + backend.dot(chunk.load(v_ref), k, trans_b=True)
+        chunk = _Chunk(c, C, T, v.dtype, g, document_ref)
+        k = chunk.scaled(k, chunk.decay(chunk.behind) * chunk.to_end)
+        return s_NxN * chunk.through_1xN + backend.dot(v, k, trans_b=True)
 
-    def back(i, ds_NxN):
-        c = pl.cdiv(T, C) - 1 - i
+    def back(c, ds_NxN, tiles):
+        r, g, dy = tiles
         backend.store(behind_ref.at[c], ds_NxN)
-        chunk = _Chunk(c, C, T, v_ref.dtype, g_ref, document_ref)
-        r = chunk.scaled(chunk.load(r_ref), chunk.decay(chunk.before) * chunk.from_start)
-        return ds_NxN * chunk.through_1xN + backend.dot(chunk.load(dy_ref), r, trans_b=True)
+        chunk = _Chunk(c, C, T, r.dtype, g, document_ref)
+        r = chunk.scaled(r, chunk.decay(chunk.before) * chunk.from_start)
+        return ds_NxN * chunk.through_1xN + backend.dot(dy, r, trans_b=True)
 
     @pl.when(pl.program_id(0) == 0)
     def _():
-        jax.lax.fori_loop(0, pl.cdiv(T, C), onwards, backend.load(s_ref))
+        _walk(onwards, backend.load(s_ref), (k_ref, g_ref, v_ref), T, C)
 
     @pl.when(pl.program_id(0) == 1)
     def _():
-        backend.store(first_ref, jax.lax.fori_loop(0, pl.cdiv(T, C), back, backend.load(ds_ref)))
+        backend.store(first_ref, _walk(back, backend.load(ds_ref), (r_ref, g_ref, dy_ref), T, C, reverse=True))
 
 
 def _gradients_kernel(r_ref, g_ref, k_ref, v_ref, u_ref, dy_ref, before_ref, behind_ref, *refs, T: int, C: int):
     document_ref, (dr_ref, dg_ref, dk_ref, dv_ref, du_ref) = _documents(refs, 5)
-    chunk, dot = _Chunk(pl.program_id(0), C, T, v_ref.dtype, g_ref, document_ref), backend.dot
-    r, k, v, dy = map(chunk.load, (r_ref, k_ref, v_ref, dy_ref))
+    c, dot = pl.program_id(0), backend.dot
+    r, g, k, v, dy = (_load(ref, c, C) for ref in (r_ref, g_ref, k_ref, v_ref, dy_ref))
+    chunk = _Chunk(c, C, T, v.dtype, g, document_ref)
     of_pairs, u_Nx1 = dot(dy, v, trans_a=True), backend.load(u_ref)[:, None]  # the gradient of A, without mask
 
     def of_level(level, carry):

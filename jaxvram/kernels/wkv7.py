@@ -12,8 +12,8 @@ that is 16,384; down to LOWEST nothing overflows.
 Bytes: kept for the backward pass are the inputs alone, 14 a token and channel in bf16 (r, k, v, kappa, a 2 each, the decay
 4), where the official kernel keeps 20 more, states and u. While it runs, the backward pass of the kernels has the state
 before each chunk and the gradient of that behind it, in bf16 with heads of 64 8 bytes a token and channel each, u and its
-gradient, 2 each, and a part of the decay's gradient, 4: 24 together, 151 MB at 16 x 512 with D = 768. That of XLA has a
-state a segment, and what a segment needs.
+gradient, 2 each, and a part of the decay's gradient, 4: 24 together, 151 MB at 16 x 512 with D = 768, and never more than
+256 MiB: longer sequences go by segments, of which a state each is kept. That of XLA does so as well.
 """
 
 import functools

@@ -18,11 +18,13 @@ from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.segments import equal_segments, walk_back
 from jaxvram.kernels.wkv7_xla import CHUNK, inverse
 
 HEADS = (16, 32, 64)
 FORWARD = STATES = STATES_BACK = Tile(CHUNK, 64, 4, 1)
 GRADIENTS = Tile(CHUNK, 64, 4, 1)
+BUDGET = 256 * 2**20  # bytes of what the backward pass makes on its way; a longer sequence has more segments
 
 
 class _Chunk:
@@ -258,12 +260,33 @@ def forward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT, *, interpret: b
     return y[:, :T], s
 
 
+def _segments(v_BxTxHxN) -> tuple[int, int]:
+    """(tokens of a segment, number of segments): as many that what is made on the way back stays within BUDGET."""
+    B, T, H, N = v_BxTxHxN.shape
+    itemsize = v_BxTxHxN.dtype.itemsize
+    of_chunk = 2 * itemsize * N * N + CHUNK * N * (2 * itemsize + 4)  # two states; U, dZ and a part of dg
+    chunks, count = equal_segments(pl.cdiv(T, CHUNK), BUDGET // (B * H * of_chunk))
+    return CHUNK * chunks, count
+
+
 def backward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT, dy_BxTxHxN, ds_BxHxNxN, *, interpret: bool):
     """The gradients of the first seven, in their dtypes."""
-    B, T, H, N = v.shape
+
+    def last_of(arrays, s):
+        *six, resets = arrays
+        return forward(*six, s, resets, interpret=interpret)[1]
+
+    gradients_of = functools.partial(_backward_of_segment, interpret=interpret)
+    arrays = (r, log_decay, k, v, kappa, a, resets_BxT)
+    gradients, ds = walk_back(last_of, gradients_of, arrays, s_BxHxNxN, dy_BxTxHxN, ds_BxHxNxN, *_segments(v))
+    return *gradients, ds
+
+
+def _backward_of_segment(arrays, s_BxHxNxN, dy_BxTxHxN, ds_BxHxNxN, *, interpret: bool):
+    """(the gradients of r, log decay, k, v, kappa and a, that of the state before the first token)."""
+    B, T, H, N = dy_BxTxHxN.shape
     n = pl.cdiv(T, CHUNK)
-    arrays = (r, log_decay, k, v, kappa, a, dy_BxTxHxN, resets_BxT)
-    *six, dy, resets_BxL = jax.tree.map(lambda x: _padded(x, n), arrays)
+    *six, resets_BxL, dy = jax.tree.map(lambda x: _padded(x, n), (*arrays, dy_BxTxHxN))
     r, log_decay, k, v, kappa, a = six
     states = jax.ShapeDtypeStruct((B, H, n, N, N), v.dtype)
     call = lambda kernel, inputs, outputs, tile, name, **options: _call(
@@ -276,4 +299,4 @@ def backward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT, dy_BxTxHxN, ds
     dr, dg, dk, dv = call(_gradients_kernel, inputs, outputs, GRADIENTS, "gradients", by_chunk=True)
     inputs, outputs = [dg, *inputs], [log_decay, kappa, a]
     dg, dkappa, da = call(_gradients_of_removal_kernel, inputs, outputs, GRADIENTS, "gradients_of_removal", by_chunk=True)
-    return *(x[:, :T] for x in (dr, dg, dk, dv, dkappa, da)), ds
+    return tuple(x[:, :T] for x in (dr, dg, dk, dv, dkappa, da)), ds

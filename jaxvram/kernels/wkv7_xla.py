@@ -113,9 +113,8 @@ def _of_segment(arrays, s):
 def _lengths(v_BxTxHxN) -> tuple[int, int]:
     """(tokens of a segment, number of segments)."""
     B, T, H, N = v_BxTxHxN.shape
-    chunks = -(-T // CHUNK)
-    count = -(-chunks // max(1, SEGMENT_BUDGET // (4 * B * H * N * CHUNK)))
-    return CHUNK * -(-chunks // count), count
+    chunks, count = segments.equal_segments(-(-T // CHUNK), SEGMENT_BUDGET // (4 * B * H * N * CHUNK))
+    return CHUNK * chunks, count
 
 
 def forward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT):

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvram.errors import UserError, nearest
-from jaxvram.kernels.retention import log_gammas
-from jaxvram.kernels.scalar_decay import scalar_decay
+from jaxvram.kernels.retention import log_gammas, retention
 from jaxvram.layers import rope
 from jaxvram.layers.linear import Linear, fan_in_uniform
 from jaxvram.layers.mlp import GATED, from_input_alone
@@ -144,11 +143,11 @@ def _gated_norm(o_BxTxHxP, g_BxTxHxP, eps_BxTxHx1):
 
 
 def retain(q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, g_BxTxHxP, places: Places, cfg: RetNetConfig, h_BxHxPxK=None):
-    """silu(g) norm(o) of q and k that are not turned yet, and the state after the last token."""
+    """silu(g) norm(o) of q and k that are not turned yet, and the state after the last token, if there was one before."""
     q_BxTxHxK = rope.rotate(q_BxTxHxK, *places.rotation, "interleaved")
     k_BxTxHxK = rope.rotate(k_BxTxHxK, *places.scaled_rotation, "interleaved")
-    o_BxTxHxP, h_BxHxPxK = scalar_decay(
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, log_gammas(cfg.n_head), h_BxHxPxN=h_BxHxPxK, resets_BxT=places.resets_BxT,
+    o_BxTxHxP, h_BxHxPxK = retention(
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxP, log_gammas(cfg.n_head), h_BxHxPxK=h_BxHxPxK, resets_BxT=places.resets_BxT,
         implementation=cfg.kernels,
     )  # fmt: skip
     return _gated_norm(o_BxTxHxP, g_BxTxHxP, cfg.norm_eps * places.sums_BxTxH[..., None]), h_BxHxPxK

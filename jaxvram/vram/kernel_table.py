@@ -15,6 +15,7 @@ from jaxvram.kernels import (
     linear_cross_entropy_pallas,
     nf4,
     nf4_pallas,
+    retention_pallas,
     scalar_decay_pallas,
     selective_scan_pallas,
     wkv4_pallas,
@@ -26,7 +27,7 @@ from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
-from jaxvram.kernels.retention import log_gammas
+from jaxvram.kernels.retention import log_gammas, retention_tiled
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
 from jaxvram.kernels.wkv4 import wkv4
@@ -153,6 +154,19 @@ def wkv4_probe(what: str, B, T, D) -> Probe:
     return Probe(f"{what} {B}x{T}, {D} channels", fn, args, work)
 
 
+def retention_probe(what: str, B, T, H, P, K) -> Probe:
+    """bf16, the parallel form by tiles. FLOPs of the blocks that are within the heads' reach."""
+    k, v = (jax.ShapeDtypeStruct((B, T, H, width), jnp.bfloat16) for width in (K, P))
+    arrays = {"forward": (k, v), "dq": (v, k), "dk": (v, k), "dv": (k, v)}  # what scores are made of, and what is added up
+    work = {}
+    for name, (x, z) in arrays.items():
+        tile = retention_pallas.tile_for(x, z)
+        pairs = B * retention_pallas.pairs(log_gammas(H), T, tile.rows) * tile.rows**2
+        work[f"retention_{name}"] = Work(tile, 2 * (K + P) * pairs, 4 * B * T * H * (K + P))
+    loss = lambda *qkv: retention_tiled(*qkv, log_gammas(H)).astype(jnp.float32).sum()
+    return Probe(f"{what} {B}x{T}, {H} heads of {P}, {K} keys", jax.value_and_grad(loss, (0, 1, 2)), (k, k, v), work)
+
+
 def wkv7_probe(what: str, B, T, H, N) -> Probe:
     """bf16. States and their gradients at the chunks' bounds go through memory in the backward pass."""
     spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
@@ -185,10 +199,10 @@ def wkv6_probe(what: str, B, T, H, N, *, constant=False) -> Probe:
     )
     work = {
         "wkv6_pairs": of(wkv6_pallas.PAIRS, 0, 1 + levels * (1 + parts), 2 * x + g + pairs),
-        "wkv6_forward": of(wkv6_pallas.FORWARD, 2, 1 + 2 * parts, 4 * x + g + pairs),
-        "wkv6_states": of(wkv6_pallas.STATES, 2, 2 * parts, 4 * x + 2 * g + 2 * state),
+        "wkv6_forward": of(wkv6_pallas.FORWARD, 2, 1 + 3 * parts, 4 * x + g + pairs),
+        "wkv6_states": of(wkv6_pallas.STATES, 2, 4 * parts, 4 * x + 2 * g + 2 * state),
         "wkv6_gradients": of(
-            wkv6_pallas.GRADIENTS, 3, 3 + levels * (3 + 2 * parts) + 4 * parts, 7 * x + 2 * g + 2 * state
+            wkv6_pallas.GRADIENTS, 3, 3 + levels * (3 + 2 * parts) + 5 * parts, 7 * x + 2 * g + 2 * state
         ),
     }
     decay = (H, N) if constant else (B, T, H, N)
@@ -228,6 +242,7 @@ def probes() -> list[Probe]:
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
         scalar_decay_probe("RetNet medium", 4, 2048, 4, 4, 432, 256, retention=True),
         wkv4_probe("RWKV-4 169M", 8, 1024, 768),
+        retention_probe("RetNet medium, short", 16, 512, 4, 432, 256),
         wkv6_probe("RWKV-6", 8, 1024, 12, 64),
         wkv6_probe("RWKV-5, constant decay", 8, 1024, 12, 64, constant=True),
         wkv7_probe("RWKV-7 0.1B", 16, 512, 12, 64),

@@ -8,7 +8,7 @@ import numpy as np
 import proof
 import pytest
 
-from jaxvram.kernels import wkv7_xla
+from jaxvram.kernels import wkv7_pallas, wkv7_xla
 from jaxvram.kernels.wkv7 import LOWEST, wkv7, wkv7_reference
 
 STRONGEST = -np.exp(-0.5)  # log decay of RWKV-7 at the most
@@ -83,9 +83,11 @@ def test_bf16(implementation):
     proof.check_numerics(case(resets=True), jnp.bfloat16, implementation)
 
 
-def test_segments(monkeypatch):
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+def test_segments(implementation, monkeypatch):
     monkeypatch.setattr(wkv7_xla, "SEGMENT_BUDGET", 1)  # a chunk at a time
-    proof.check_numerics(case(T=37, resets=True), jnp.float32, "xla")
+    monkeypatch.setattr(wkv7_pallas, "BUDGET", 1)
+    proof.check_numerics(case(T=37, resets=True), jnp.float32, implementation)
 
 
 def test_few_tokens_and_one():
