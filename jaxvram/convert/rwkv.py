@@ -5,6 +5,7 @@ of layers; ours has a leading layer axis, and a table that may have rows of padd
 """
 
 import pathlib
+import re
 from typing import NamedTuple
 
 import jax
@@ -71,25 +72,25 @@ def is_official(source) -> bool:
     return pathlib.Path(source).suffix == ".pth"
 
 
-def read_official(file, cfg, layout: Layout, model: str, sizes: dict[str, tuple[str, int]], size_of=getattr) -> dict:
+def read_official(
+    file, cfg, layout: Layout, model: str, sizes: dict[str, tuple[str, int]], size_of=getattr, told=None, settle=None
+) -> dict:
     """Parameters of `cfg` as NumPy arrays, from a .pth.
 
     Args:
-      model: what it is called in a message.
+      model: what it is called in a message, 'RWKV-' and its number.
       sizes: field of `cfg` -> (tensor, axis) that has its size, beside vocab_size, n_embd and n_layer.
       size_of: (cfg, field) -> what the field stands for where it is 0.
+      told: further fields, of the function from a tensor's official name to its shape, () where there is none.
+      settle: tensors -> tensors, of one of a parameter's several forms.
     Raises:
       UserError: the file is incomplete, damaged or of another model than `cfg`; the message names the overrides.
     """
     tensors, path = torch_file.read(file), pathlib.Path(file)
-    sizes = {"vocab_size": ("emb.weight", 0), "n_embd": ("emb.weight", 1), **sizes}
-    dims = lambda name: tensors[name].shape if name in tensors else ()
-    found = {field: dims(name)[axis] if axis < len(dims(name)) else None for field, (name, axis) in sizes.items()}
-    numbers = [name.split(".")[1] for name in tensors if name.startswith("blocks.")]
-    found["n_layer"] = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
-    if lacking := [field for field, size in found.items() if not size]:
-        raise UserError(f"{path} is no {model}: it has no tensors for {', '.join(lacking)}")
-    check_fields(path, {field: size for field, size in found.items() if size != size_of(cfg, field)}, cfg)
+    _check_generation(path, tensors, model)
+    tensors = settle(tensors) if settle else tensors
+    shape_of = lambda name: tensors[name].shape if name in tensors else ()
+    check_sizes(path, shape_of, tensors, cfg, model, sizes, size_of, told)
     names = [p.official.name for p in layout.outside]
     names += [layout.where(i, True) + p.official.name for i, layer in enumerate(layout.layers) for p in layer]
     check_names(path, tensors, names, may_be_there=layout.unused)
@@ -101,6 +102,26 @@ def read_official(file, cfg, layout: Layout, model: str, sizes: dict[str, tuple[
         return got.reshape(shape)
 
     return from_tensors(tensor, cfg, layout, official=True)
+
+
+def check_sizes(path, shape_of, names, cfg, model: str, sizes: dict, size_of=getattr, told=None) -> None:
+    """The fields of `cfg` are as a checkpoint has them, of which `names` are all names; else as for `read_official`."""
+    sizes = {"vocab_size": ("emb.weight", 0), "n_embd": ("emb.weight", 1), **sizes}
+    found = {field: (*shape_of(name), *[None] * 9)[axis] for field, (name, axis) in sizes.items()}
+    layers = [int(match[1]) for name in names if (match := re.search(r"\bblocks\.(\d+)\.", name))]
+    found["n_layer"] = 1 + max(layers, default=-1)
+    if lacking := [field for field, size in found.items() if not size]:
+        raise UserError(f"{path} is no {model}: it has no tensors for {', '.join(lacking)}")
+    found |= told(shape_of) if told else {}
+    check_fields(path, {field: size for field, size in found.items() if size != size_of(cfg, field)}, cfg)
+
+
+def _check_generation(path, tensors, model: str) -> None:
+    """Raises a UserError that names the recipe, where a file is of another RWKV than `model`."""
+    marks = {"7": "att.r_k", "6": "att.time_maa_x", "5": "att.ln_x.weight", "4": "att.time_first"}
+    found = next((n for n, mark in marks.items() if f"blocks.0.{mark}" in tensors), None)
+    if found and model != f"RWKV-{found}":
+        raise UserError(f"{path} is an RWKV-{found}, and this recipe's model is {model}: take configs/rwkv{found}.py")
 
 
 def from_tensors(tensor, cfg, layout: Layout, official: bool) -> dict:

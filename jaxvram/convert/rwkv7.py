@@ -1,10 +1,10 @@
-"""RWKV-7's weights: from an official .pth, from and to a Hugging Face folder (rwkv7_hf's names, which its models load).
+"""RWKV-7's weights: official .pth, and Hugging Face folders (rwkv7_hf's names, which its models load), both in and out.
 
 Both have matrices [out, in]; ours are [in, out]. The small matrices w1 to g2 are [in, out] in a .pth as well. Layer 0 of a
 .pth may have v0, v1, v2, which nothing reads.
 """
 
-from jaxvram.convert import rwkv
+from jaxvram.convert import rwkv, torch_file
 from jaxvram.convert.huggingface import HuggingFaceFolder, write_folder
 from jaxvram.convert.rwkv import Layout, Parameter, Stored
 from jaxvram.models.rwkv7 import MIXTURES, RWKV7Config
@@ -102,3 +102,8 @@ def save(params, cfg: RWKV7Config, folder) -> None:
     config |= {"attention_hidden_size": cfg.n_embd, "norm_bias": True, "tie_word_embeddings": False}
     tensors = rwkv.to_tensors(params, cfg, layout_of(cfg), official=False)
     write_folder(folder, config | {"torch_dtype": cfg.param_dtype}, tensors)
+
+
+def save_official(params, cfg: RWKV7Config, file) -> None:
+    """A .pth that the rwkv package loads; see torch_file.write."""
+    torch_file.write(file, rwkv.to_tensors(params, cfg, layout_of(cfg), official=True))
