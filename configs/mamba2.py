@@ -30,7 +30,7 @@ from jaxvram.train.optimizer import OptimizerConfig
 from jaxvram.train.step import TrainConfig
 
 # `auto` is the first where there is a GPU, else the last
-VARIANTS = ("130m", "370m", "780m", "1.3b", "copying", "induction", "tiny")
+VARIANTS = ("130m", "370m", "780m", "1.3b", "copying", "induction", "recall", "tiny")
 
 
 def get_config(variant="auto"):
@@ -68,7 +68,7 @@ def get_config(variant="auto"):
         c.model.param_dtype = "bfloat16"
         c.optimizer.update(name="adafactor", learning_rate=3e-5, schedule="constant", warmup_steps=100)
         c.train.update(steps=1000, batch_size=2, microbatch_size=0)
-    if variant in ("copying", "induction"):  # section 4.1 of the paper: two layers, on problems made on the fly
+    if variant in ("copying", "induction", "recall"):  # section 4.1 of the paper: two layers, on problems made on the fly
         c.model.update(n_layer=2, n_embd=64, vocab_size=0, vocab_multiple=1, reset_token=-1)
         c.model.update(remat="none", dtype="float32", unroll_layers=True)
         c.optimizer.update(schedule="wsd", warmup_steps=20, final_lr_fraction=0.0)
@@ -86,6 +86,12 @@ def get_config(variant="auto"):
         c.optimizer.learning_rate = 1e-3
         c.train.update(steps=3600, batch_size=64)
         c.eval.update(every=900, batches=4)
+    if variant == "recall":
+        c.data.update(name=variant, length=63, remembered=8, symbols=32, order="random")
+        c.model.block_size = 63
+        c.optimizer.learning_rate = 3e-3
+        c.train.update(steps=1000, batch_size=64)
+        c.eval.update(every=100, batches=4)
     if variant == "tiny":
         c.model.update(block_size=64, n_layer=3, n_embd=64, remat="none", dtype="float32", unroll_layers=True)
         c.data.dataset = "offline"

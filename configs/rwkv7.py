@@ -28,7 +28,7 @@ from jaxvram.train.optimizer import OptimizerConfig, ParamGroup
 from jaxvram.train.step import TrainConfig
 
 # `auto` is the first where there is a GPU, else the last
-VARIANTS = ("0.1b", "0.4b", "1.5b", "tiny")
+VARIANTS = ("0.1b", "0.4b", "1.5b", "recall", "tiny")
 
 
 def get_config(variant="auto"):
@@ -75,6 +75,14 @@ def get_config(variant="auto"):
         c.model.update(block_size=4096, param_dtype="bfloat16")
         c.optimizer.update(name="adafactor", learning_rate=3e-5, schedule="constant", warmup_steps=100)
         c.train.update(steps=1000, batch_size=1)
+    if variant == "recall":
+        c.model.update(n_layer=2, n_embd=64, head_dim=32, vocab_size=0, block_size=63)
+        c.model.update(d_decay=0, d_rate=0, d_value=0, d_gate=0, remat="none", dtype="float32", unroll_layers=True)
+        c.data.update(name=variant, length=63, remembered=8, symbols=32, order="random")
+        c.optimizer.update(learning_rate=3e-3, warmup_steps=20, schedule="wsd", final_lr_fraction=0.0)
+        c.train.update(steps=1000, batch_size=64, log_every=50)
+        c.eval.update(every=100, batches=4)
+        c.task.score_problems = 500
     if variant == "tiny":
         c.model.update(vocab_size=50257, block_size=64, n_layer=3, n_embd=64, head_dim=16, reset_token=50256)
         c.model.update(d_decay=0, d_rate=0, d_value=0, d_gate=0, remat="none", dtype="float32", unroll_layers=True)
