@@ -4,9 +4,10 @@ A source of text has `vocab_size`, `tokenizer`, `sequence_length` (T), `example_
 `batch(split, n, batch_size, rows=slice(None)) -> {"tokens": int32 (B, T), "targets": int32 (B, T)}`, where a target of
 -1 is not learnt, and only `rows` of the batch are made. Problems also have
 `problems(split, limit) -> (prompts (N, P), answers (N, A))`, which a model answers by generating, or, where a row asks many
-times, `exam(split, limit)`: a batch that is read at once, each target a question. Instructions also have `prompt_ids(message) -> int32 (P,)`,
-`until_end(ids) -> ids` (the answer among what a model went on with), and in a batch, where examples are packed, "segments":
-int32 (B, T), by which tokens of one example are told from those of another; 0 is padding.
+times, `exam(split, limit)`: a batch that is read at once, each target a question. Instructions also have
+`prompt_ids(message) -> int32 (P,)`, `until_end(ids) -> ids` (the answer among what a model went on with), and in a batch,
+where examples are packed, "segments": int32 (B, T), by which tokens of one example are told from those of another; 0 is
+padding.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# Latin, then Greek, Cyrillic and Armenian letters that have one capital, which is theirs alone
-SMALL = "".join(c for c in map(chr, range(0x61, 0x587)) if len(c.upper()) == 1 and c != c.upper() and c.upper().lower() == c)
+# Latin, Greek and Russian letters, each of which has one capital
+SMALL = "".join(map(chr, (*range(0x61, 0x7B), *range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA), *range(0x430, 0x450))))
 
 
 class _MemoryProblems:
@@ -88,12 +88,12 @@ class InductionHeads(_MemoryProblems):
 
 
 class AssociativeRecall:
-    """Multi-query associative recall: pairs of key and value are told, then every key comes again, and its value is asked for.
+    """Multi-query associative recall: pairs of a key and a value are told, then each key comes again: what is its value?
 
-    A row of `length` + 1 tokens: `pairs` keys, each different, each with a value drawn freely; then the same keys in another
-    order, their values behind them, blanks between one pair and the next wherever there is room. The paper spreads its queries
-    by a power law and fills with random tokens; here all places are as likely. Row and answers are read at once, so an
-    exam (`exam`) scores what follows each key when everything before it was right.
+    A row of `length` + 1 tokens: `pairs` different keys, each with a value drawn freely; then the same keys in another
+    order, their values behind them, and blanks between one pair and the next wherever there is room. The paper spreads its
+    queries by a power law and fills with random tokens; here all places are as likely. An exam (`exam`) is read at once,
+    with its answers, and each of its targets is a question.
     """
 
     def __init__(self, length: int, exam_length: int, symbols: int, pairs: int, seed: int):

@@ -1,5 +1,7 @@
 """Selective copying, induction and recall: what is asked, what is the answer, and that exams may be longer than lessons."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def test_induction():
 
 def pairs_of(row, symbols):
     """Every (key, value) that stands in a row."""
-    return [(int(k), int(v)) for k, v in zip(row, row[1:], strict=False) if k < symbols <= v < 2 * symbols]
+    return [(int(k), int(v)) for k, v in itertools.pairwise(row) if k < symbols <= v < 2 * symbols]
 
 
 def test_recall():

@@ -71,13 +71,9 @@ def test_an_exam_is_shown_with_what_was_said():
     assert len(said) == 5 and all(s[1] == "C" for s in said) and any("(not " in s for s in said)
 
 
-def test_an_exam_is_planned_and_a_model_sits_it():
+def test_an_exam_is_what_a_plan_compiles_for_sampling():
     data = DataConfig(name="recall", length=24, symbols=6, remembered=5)
-    source = load(data, 24, 0)
-    cfg = GPT2Config(vocab_size=13, vocab_multiple=8, block_size=24, n_layer=1, n_head=1, n_embd=8, remat="none", dtype="float32")
-    task = LanguageTask(GPT2(cfg), source, LanguageConfig(score_problems=20), SampleConfig(num_samples=2), data)
-    params = task.init(jax.random.key(0))
-    function, arguments = task.sampling(params)
-    assert arguments[1].shape == (20, 24)
-    assert jax.eval_shape(function, *arguments).shape == (20, 24)
-    assert 0 <= task.scores(params)["accuracy"] < 0.6
+    cfg = GPT2Config(vocab_size=13, vocab_multiple=8, block_size=24, n_layer=1, n_head=1, n_embd=8, dtype="float32")
+    task = LanguageTask(GPT2(cfg), load(data, 24, 0), LanguageConfig(score_problems=20), SampleConfig(num_samples=2), data)
+    function, arguments = task.sampling(jax.eval_shape(task.init, jax.random.key(0)))
+    assert arguments[1].shape == jax.eval_shape(function, *arguments).shape == (20, 24)
