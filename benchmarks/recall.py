@@ -3,8 +3,8 @@
   python benchmarks/recall.py [--runs=FOLDER]    # trains what has not been trained there; then the table and the picture
 
 The recipes' `recall`: 8 pairs of 32 keys and 32 values told and asked for in 33 tokens, two layers of 64, the same 800
-batches of 32 rows for all. RWKV-4 is trained at three rates, of which the best counts. An answer is right if its value is the
-most probable token after its key; 4,000 questions of 500 held-out rows. See jaxvram/data/memory_problems.py.
+batches of 32 rows for all. RWKV-4 is trained at three rates, of which the best counts. An answer is right if its value is
+the most probable token after its key; 4,000 questions of 500 held-out rows. See jaxvram/data/memory_problems.py.
 """
 
 import argparse
