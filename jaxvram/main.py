@@ -136,7 +136,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
     text("card", None, "For plan, fit and compare: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
-    text("out", None, "For export and prepare: the folder to write.")
+    text("out", None, "For export and prepare: the folder to write; for export of an RWKV also FILE.pth.")
     text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
     text("tokenizer", "gpt2", "For prepare: gpt2, char, neox or file.")
     about = "For export: write what fine-tuning added, as a folder of peft's, instead of the merged model."

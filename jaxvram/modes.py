@@ -93,9 +93,13 @@ def sample(recipe, workdir: pathlib.Path, options) -> int:
 
 
 def export(recipe, workdir: pathlib.Path, options) -> int:
-    """The checkpoint's weights as a folder that transformers or diffusers loads."""
+    """The checkpoint's weights as a folder that transformers or diffusers loads; of RWKV, a .pth of the authors' too."""
     if not options.out:
         raise UserError("--mode=export needs --out=DIR")
+    source, is_official = converter(recipe.model), pathlib.Path(options.out).suffix == ".pth"
+    if is_official and (options.adapter or not hasattr(source, "save_official")):
+        what = "an adapter is" if options.adapter else f"{name_of(recipe.model)}'s weights are"
+        raise UserError(f"--out={options.out}: {what} exported to a folder, --out=DIR; .pth is RWKV's own format")
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
     if options.adapter:
         peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
@@ -103,7 +107,11 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
         return 0
     if recipe.finetune.method != "none":
         params = merged(task.model, params)
-    converter(recipe.model).save(params, task.model.cfg, options.out)
+    if is_official:
+        source.save_official(params, task.model.cfg, options.out)
+        print(f"step {step} of {workdir} as an official checkpoint: {options.out}")
+        return 0
+    source.save(params, task.model.cfg, options.out)
     _add_companions(recipe.train.init_from, options.out)
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0

@@ -1,4 +1,7 @@
-"""Weights to and from the layouts that others use: a module a model, each with `load_params` and `save`."""
+"""Weights to and from the layouts that others use: a module a model, each with `load_params` and `save`.
+
+RWKV's have `save_official` as well, for the authors' own .pth.
+"""
 
 import importlib
 

@@ -18,11 +18,13 @@ def add(folder, base) -> list[str]:
 
     Args:
       folder: an export of ours.
-      base: a folder in Hugging Face's layout, or a .gguf file, of which only the ids can be taken.
+      base: a folder in Hugging Face's layout; a .gguf file, of which only the ids can be taken; or a .pth, which has none.
     Raises:
       UserError: a file can't be read or written.
     """
     folder, base = (pathlib.Path(path).expanduser() for path in (folder, base))
+    if base.suffix == ".pth":
+        return []
     try:
         copied = [] if base.is_file() else [name for name in COMPANIONS if (base / name).is_file()]
         for name in copied:

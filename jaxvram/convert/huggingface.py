@@ -98,6 +98,10 @@ class HuggingFaceFolder:
         except safetensors.SafetensorError as error:  # an index that points to the wrong shard
             raise UserError(f"{file} does not give {name!r}: {error}") from error
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor of that name; () where there is none."""
+        return tuple(self._open(self.path / self._file_of[name]).get_slice(name).get_shape()) if name in self else ()
+
     def read_layers(self, name: str, out_L: np.ndarray, transposed: bool = False) -> None:
         """Fills out_L[i] with the tensor `name.format(i)`, in the dtype of out_L."""
         for i, out in enumerate(out_L):

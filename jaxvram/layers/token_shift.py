@@ -16,3 +16,8 @@ def token_shift(x_BxTxD, last_BxD, resets_BxT):
     if resets_BxT is not None:
         before_BxTxD = jnp.where(resets_BxT[..., None], 0, before_BxTxD)
     return before_BxTxD - x_BxTxD, x_BxTxD[:, -1]
+
+
+def mixture(x_BxTxD, delta_BxTxD, share_D):
+    """Every channel with its share of the token before, of which `delta` is `token_shift`'s; in the dtype of x."""
+    return (x_BxTxD + delta_BxTxD * share_D).astype(x_BxTxD.dtype)

@@ -6,6 +6,9 @@ from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 from jaxvram.models.retnet import RetNet, RetNetConfig
+from jaxvram.models.rwkv4 import RWKV4, RWKV4Config
+from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
+from jaxvram.models.rwkv6 import RWKV6, RWKV6Config
 from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
 
 MODELS = {
@@ -15,6 +18,9 @@ MODELS = {
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
     "retnet": (RetNet, RetNetConfig),
+    "rwkv4": (RWKV4, RWKV4Config),
+    "rwkv5": (RWKV5, RWKV5Config),
+    "rwkv6": (RWKV6, RWKV6Config),
     "rwkv7": (RWKV7, RWKV7Config),
 }
 

@@ -15,16 +15,15 @@ import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.wkv7 import wkv7
-from jaxvram.layers.embeddings import Embed, Head, padded_rows
 from jaxvram.layers.linear import Linear, product
 from jaxvram.layers.norms import LayerNorm, layer_norm
-from jaxvram.layers.recurrent_lm import RecurrentLM, check_fields
+from jaxvram.layers.recurrent_lm import check_fields
+from jaxvram.layers.rwkv import HEAD_EPSILON, RWKVLM, RWKVState, check_sizes, orthogonal, ratios
 from jaxvram.layers.stack import Stack, policy_of
 from jaxvram.layers.token_shift import token_shift
 
@@ -36,7 +35,6 @@ SIZES = {
     "2.9b": (32, 2560, (96, 96, 64, 320)),
 }
 RANK_OF_ROOT = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # today's training code: a rank is so many times sqrt(D)
-HEAD_EPSILON = 64e-5
 MIXTURES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 
@@ -64,13 +62,9 @@ class RWKV7Config:
 
     def __post_init__(self):
         check_fields(self)
-        sizes = (self.block_size, self.n_layer, self.n_embd, self.head_dim, self.vocab_multiple)
-        if min(sizes) < 1 or min(self.d_ffn, self.d_decay, self.d_rate, self.d_value, self.d_gate, self.vocab_size) < 0:
-            raise UserError("model: every size must be at least 1, and none of d_* negative")
+        check_sizes(self, self.d_decay, self.d_rate, self.d_value, self.d_gate)
         if self.n_layer < 2:
             raise UserError("model.n_layer=1: RWKV-7 has at least 2 layers, the first one is unlike the others")
-        if self.n_embd % self.head_dim:
-            raise UserError(f"model.head_dim={self.head_dim} does not divide n_embd={self.n_embd}")
 
     @property
     def table_rows(self) -> int:
@@ -90,19 +84,9 @@ class RWKV7Config:
         return given or max(32, round(RANK_OF_ROOT[name] * self.n_embd**0.5 / 32) * 32)
 
 
-class RWKV7State(flax.struct.PyTreeNode):
-    """What a layer remembers: 2 D sizeof(dtype) + 4 D N bytes a sequence, however long it was."""
-
-    att_BxD: jax.Array  # the last token as att read it
-    s_BxHxNxN: jax.Array  # fp32, values x keys
-    ffn_BxD: jax.Array  # the last token as ffn read it
-
-
 def _ratios(cfg: RWKV7Config, layer):
-    """(how deep, 0 to 1; what is left, 1 to almost 0; channels, 0 to 1 without the end; the same to the end, about 0)."""
-    D = cfg.n_embd
-    channel_D = jnp.arange(D, dtype=jnp.float32)
-    return layer / (cfg.n_layer - 1), 1.0 - layer / cfg.n_layer, channel_D / D, channel_D / max(D - 1, 1) - 0.5
+    """Those of layers/rwkv.py, and channels to the end, about 0."""
+    return *ratios(cfg, layer), jnp.arange(cfg.n_embd, dtype=jnp.float32) / max(cfg.n_embd - 1, 1) - 0.5
 
 
 def _vectors(cfg: RWKV7Config, layer) -> dict:
@@ -122,9 +106,6 @@ def _vectors(cfg: RWKV7Config, layer) -> dict:
     }
 
 
-orthogonal = nn.initializers.orthogonal
-
-
 class TimeMix(nn.Module):
     """u -> att, the state after the last token, and v. The first layer has no `v_first`."""
 
@@ -132,7 +113,7 @@ class TimeMix(nn.Module):
     layer: Any = 0
 
     @nn.compact
-    def __call__(self, u_BxTxD, state: RWKV7State | None, v_first_BxTxD, resets_BxT):
+    def __call__(self, u_BxTxD, state: RWKVState | None, v_first_BxTxD, resets_BxT):
         cfg, (B, T, D) = self.cfg, u_BxTxD.shape
         heads = (B, T, cfg.heads, cfg.head_dim)
         fp32 = lambda x: x.astype(jnp.float32)
@@ -220,26 +201,24 @@ class Block(nn.Module):
         y_BxTxD, (att_BxD, s_BxHxNxN), v_BxTxD = att(norm(name="ln1")(x_BxTxD), state, v_first_BxTxD, resets_BxT)
         x_BxTxD = x_BxTxD + y_BxTxD
         y_BxTxD, ffn_BxD = ffn(norm(name="ln2")(x_BxTxD), state.ffn_BxD if state else None, resets_BxT)
-        state = RWKV7State(att_BxD, s_BxHxNxN, ffn_BxD) if state else None
+        state = RWKVState(att_BxD, s_BxHxNxN, ffn_BxD) if state else None
         return (x_BxTxD + y_BxTxD, state) if v_first_BxTxD is not None else (x_BxTxD + y_BxTxD, state, v_BxTxD)
 
 
-class RWKV7(RecurrentLM):
+class RWKV7(RWKVLM):
     """A language model of RWKV-7 layers. What it remembers is a pair: of the first layer, and of all others."""
 
     block = Block
 
     def setup(self):
         cfg = self.cfg
-        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        table = padded_rows(cfg.vocab_size, lambda *args: jax.random.uniform(*args, -1e-4, 1e-4))
-        self.embedding = Embed(cfg.table_rows, cfg.n_embd, table, jnp.float32, cfg.param_dtype)
-        self.ln0, self.norm_f = LayerNorm(**dtypes), LayerNorm(**dtypes)
+        super().setup()
         first = Block if cfg.remat == "none" else nn.checkpoint(Block, policy=policy_of(cfg.remat), static_argnums=(5,))
         self.first = first(cfg)
-        self.layers = Stack(Block, cfg, cfg.n_layer - 1, cfg.remat, cfg.unroll_layers, first=1)
-        gain = 0.5 * max(1.0, cfg.vocab_size / cfg.n_embd) ** 0.5
-        self.lm_head = Head(cfg.vocab_size, cfg.table_rows, cfg.n_embd, cfg.param_dtype, init=orthogonal(gain))
+
+    def stack(self) -> Stack:
+        cfg = self.cfg
+        return Stack(Block, cfg, cfg.n_layer - 1, cfg.remat, cfg.unroll_layers, first=1)
 
     def run_layers(self, x_BxTxD, state, extras: tuple, deterministic: bool):
         first, rest = state or (None, None)
@@ -252,8 +231,3 @@ class RWKV7(RecurrentLM):
         one_layer = self.empty_state(batch)
         rest = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.cfg.n_layer - 1, *a.shape)), one_layer)
         return one_layer, rest
-
-    def empty_state(self, batch: int) -> RWKV7State:
-        cfg = self.cfg
-        last_BxD, N = jnp.zeros((batch, cfg.n_embd), cfg.dtype), cfg.head_dim
-        return RWKV7State(last_BxD, jnp.zeros((batch, cfg.heads, N, N), jnp.float32), last_BxD)

@@ -13,7 +13,7 @@ import pytest
 import quick
 
 from jaxvram import models
-from jaxvram.convert import rwkv7
+from jaxvram.convert import rwkv, rwkv7
 from jaxvram.kernels.wkv7 import wkv7
 from jaxvram.models.rwkv7 import RWKV7Config
 
@@ -62,15 +62,9 @@ numpy.savez(file + ".npz", logits=logits.numpy(), **{f"s{i}": x.numpy() for i, x
 
 def official_weights():
     """The golden file's weights by their official names and shapes, as a .pth has them."""
-    theirs, found = make_rwkv7.weights("rwkv7"), {}
-    layers = [(rwkv7._outside(CFG), "", "")]
-    layers += [(rwkv7._layer(CFG, i == 0), f"blocks.{i}.", f"model.layers.{i}.") for i in range(CFG.n_layer)]
-    for parameters, official, hugging_face in layers:
-        for p in parameters:
-            x = theirs[hugging_face + p.hugging_face]
-            turned = x.T if x.ndim == 2 and p.official_shape != x.shape else x
-            found[official + p.official] = turned.reshape(p.official_shape)
-    return found
+    theirs, layout = make_rwkv7.weights("rwkv7"), rwkv7.layout_of(CFG)
+    params = rwkv.from_tensors(lambda name, _: theirs[name], CFG, layout, official=False)
+    return rwkv.to_tensors(params, CFG, layout, official=True)
 
 
 @needs_rwkv
