@@ -25,6 +25,8 @@ MODELS = {  # by name: recipe, and what it is changed in
     "Mamba": ("mamba.py:tiny", UNTIED | {"model.n_layer": 4}),
     "Mamba-2": ("mamba2.py:tiny", UNTIED),
     "RetNet": ("retnet.py:tiny", UNTIED),
+    "RWKV-4": ("rwkv4.py:tiny", {"model.n_layer": 2}),
+    "RWKV-6": ("rwkv6.py:tiny", {"model.n_layer": 2}),
     "RWKV-7": ("rwkv7.py:tiny", {"model.n_layer": 2}),
 }
 ROUNDS, STEPS_A_ROUND = 7, 3
