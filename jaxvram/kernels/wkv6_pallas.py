@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
-from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.backend import LOG2_E, Tile
 from jaxvram.kernels.wkv6_xla import FLOOR, across, middle_of, spans
 
 HEADS = (16, 32, 64)
 FORWARD = Tile(16, 64, 4, 1)  # rows: tokens of a chunk
+PAIRS = Tile(16, 64, 1, 1)
 STATES = GRADIENTS = Tile(16, 64, 4, 1)  # of equal rows
 
 
@@ -47,9 +48,10 @@ class _Chunk:
         self.length = length = jnp.minimum(C, T - self.start)  # tokens behind the end don't decay
         self.before = _Span(lambda t, i: i < t, lambda t: t)
         self.behind = _Span(lambda t, i: i > t, lambda t: jnp.maximum(length - 1 - t, 0))
-        self.g = jnp.maximum(backend.load(g_ref)[:, None] if self.constant else self.load(g_ref), FLOOR)
+        g = backend.load(g_ref)[:, None] if self.constant else self.load(g_ref)
+        self.g = jnp.maximum(g, FLOOR) * LOG2_E  # so that decays are powers of two
         self.same, self.from_start, self.to_end = True, 1.0, 1.0
-        self.through_1xN = jnp.exp(self.g * length if self.constant else self.g.sum(axis=1)[:, None]).T
+        self.through_1xN = jnp.exp2(self.g * length if self.constant else self.g.sum(axis=1)[:, None]).T
         if document_ref is not None:
             document_C = backend.load(document_ref.at[pl.ds(self.start, C)])
             last = document_C.max()  # they are counted
@@ -91,8 +93,8 @@ class _Chunk:
     def decay(self, span: _Span):
         """(N, C): exp of the sum of the log decays of a token's span."""
         if self.constant:
-            return jnp.exp(self.g * _fp32(span.count(self.token_1xC)))
-        return jnp.exp(self.sums(self.g, span.mask(self.column, self.row)))
+            return jnp.exp2(self.g * _fp32(span.count(self.token_1xC)))
+        return jnp.exp2(self.sums(self.g, span.mask(self.column, self.row)))
 
     def gradient_of_decay(self, span: _Span, exponent_NxC):
         """That of the log decays, from that of the exponents of tokens: the same sums back, and nothing is subtracted."""
@@ -113,22 +115,29 @@ def _documents(refs, outputs: int):
     return (refs[0] if len(refs) > outputs else None), refs[-outputs:]
 
 
-def _forward_kernel(r_ref, g_ref, k_ref, v_ref, u_ref, s_ref, *refs, T: int, C: int):
+def _pairs_kernel(r_ref, g_ref, k_ref, u_ref, *refs, T: int, C: int):
+    document_ref, (A_ref,) = _documents(refs, 1)
+    chunk = _Chunk(pl.program_id(0), C, T, r_ref.dtype, g_ref, document_ref)
+    r, k = map(chunk.load, (r_ref, k_ref))
+
+    def of_level(level, A_CxC):
+        f = chunk.decay(chunk.to_middle(level))
+        return A_CxC + chunk.pairs(chunk.scaled(r, f), chunk.scaled(k, f), chunk.across(level))
+
+    own = chunk.pairs(chunk.scaled(r, backend.load(u_ref)[:, None]), k, chunk.own)
+    backend.store(A_ref, chunk.levels(of_level, own))
+
+
+def _forward_kernel(r_ref, g_ref, k_ref, v_ref, A_ref, s_ref, *refs, T: int, C: int):
     document_ref, (y_ref, last_ref) = _documents(refs, 2)
-    u_Nx1 = backend.load(u_ref)[:, None]
 
     def of_chunk(c, s_NxN):
         chunk = _Chunk(c, C, T, v_ref.dtype, g_ref, document_ref)
         r, k, v = map(chunk.load, (r_ref, k_ref, v_ref))
-
-        def of_level(level, A_CxC):
-            f = chunk.decay(chunk.to_middle(level))
-            return A_CxC + chunk.pairs(chunk.scaled(r, f), chunk.scaled(k, f), chunk.across(level))
-
-        A_CxC = chunk.levels(of_level, chunk.pairs(chunk.scaled(r, u_Nx1), k, chunk.own))
         r = chunk.scaled(r, chunk.decay(chunk.before) * chunk.from_start)
-        chunk.store(y_ref, backend.dot(s_NxN.astype(chunk.dtype), r) + backend.dot(v, A_CxC.astype(chunk.dtype), trans_b=True))
         k = chunk.scaled(k, chunk.decay(chunk.behind) * chunk.to_end)
+        y_NxC = backend.dot(s_NxN.astype(chunk.dtype), r) + backend.dot(v, backend.load(A_ref.at[c]), trans_b=True)
+        chunk.store(y_ref, y_NxC)
         return s_NxN * chunk.through_1xN + backend.dot(v, k, trans_b=True)
 
     backend.store(last_ref, jax.lax.fori_loop(0, pl.cdiv(T, C), of_chunk, backend.load(s_ref)))
@@ -203,6 +212,8 @@ class _Specs:
         self.state = pl.BlockSpec((None, None, N, N), lambda c, h, b: (b, h, 0, 0))
         self.states = pl.BlockSpec((None, None, n, N, N), lambda c, h, b: (b, h, 0, 0, 0))
         self.state_of_chunk = pl.BlockSpec((None, None, None, N, N), lambda c, h, b: (b, h, c, 0, 0))
+        self.pairs = pl.BlockSpec((None, None, n, L // n, L // n), lambda c, h, b: (b, h, 0, 0, 0))
+        self.pairs_of_chunk = pl.BlockSpec((None, None, None, L // n, L // n), lambda c, h, b: (b, h, c, 0, 0))
         self.row_of_chunk = pl.BlockSpec((None, None, None, N), lambda c, h, b: (b, c, h, 0))
         self.documents = pl.BlockSpec((None, L), lambda c, h, b: (b, 0))
 
@@ -241,10 +252,13 @@ class _Calls:
 def forward(r, log_decay, k, v, u_HxN, s_BxHxNxN, resets_BxT, *, interpret: bool):
     """(y_BxTxHxN in the dtype of v, the last state in fp32)."""
     T, call = v.shape[1], _Calls(FORWARD.rows, v, log_decay, resets_BxT, interpret)
-    tokens, state = call.specs.tokens, call.specs.state
+    specs, tokens, C = call.specs, call.specs.tokens, call.C
     r, g, k, v = map(call.padded, (r, log_decay, k, v))
-    inputs = [(r, tokens), (g, call.decay), (k, tokens), (v, tokens), (u_HxN, call.specs.head), (s_BxHxNxN, state)]
-    outputs = [(v.shape, v.dtype, tokens), (s_BxHxNxN.shape, jnp.float32, state)]
+    inputs = [(r, tokens), (g, call.decay), (k, tokens)]
+    outputs = [((call.B, call.H, call.n, C, C), v.dtype, specs.pairs_of_chunk)]
+    (A,) = call(_pairs_kernel, call.n, [*inputs, (u_HxN, specs.head)], outputs, PAIRS, "pairs")
+    inputs = [*inputs, (v, tokens), (A, specs.pairs), (s_BxHxNxN, specs.state)]
+    outputs = [(v.shape, v.dtype, tokens), (s_BxHxNxN.shape, jnp.float32, specs.state)]
     y, s = call(_forward_kernel, 1, inputs, outputs, FORWARD, "forward")
     return y[:, :T], s
 

@@ -132,12 +132,10 @@ class TimeMix(nn.Module):
         down_DxM = self.param("time_maa_w1", nn.initializers.zeros, (D, len(MIXTURES) * R), jnp.float32)
         up_5xRxD = self.param("time_maa_w2", _about_zero, (len(MIXTURES), R, D))
         first_BxTxD = mixture(z_BxTxD, delta_BxTxD, self._vector("time_maa_x"))
-        h_BxTxM = jnp.tanh(product(first_BxTxD, down_DxM.astype(cfg.dtype)))
-        mixed = {}
-        for i, name in enumerate(MIXTURES):
-            m_BxTxD = product(h_BxTxM[..., i * R : (i + 1) * R], up_5xRxD[i].astype(cfg.dtype))
-            mixed[name] = mixture(z_BxTxD, delta_BxTxD, self._vector(f"time_maa_{name}") + m_BxTxD.astype(jnp.float32))
-        return mixed
+        h_BxTx5xR = jnp.tanh(product(first_BxTxD, down_DxM.astype(cfg.dtype))).reshape(*z_BxTxD.shape[:2], len(MIXTURES), R)
+        m_5xBxTxD = jnp.einsum("btfr,frd->fbtd", h_BxTx5xR, up_5xRxD.astype(cfg.dtype))
+        share = lambda i, name: self._vector(f"time_maa_{name}") + m_5xBxTxD[i].astype(jnp.float32)
+        return {name: mixture(z_BxTxD, delta_BxTxD, share(i, name)) for i, name in enumerate(MIXTURES)}
 
     def _log_decay(self, z_w_BxTxD):
         cfg, D = self.cfg, z_w_BxTxD.shape[-1]
