@@ -3,6 +3,7 @@
   python benchmarks/cpu_mamba.py                  # needs torch and transformers; PyTorch's side is slow
   python benchmarks/cpu_mamba.py --model=mamba2
   python benchmarks/cpu_mamba.py --model=retnet   # beside torchscale: pip install --no-deps torchscale==0.3.0
+  python benchmarks/cpu_mamba.py --model=rwkv4
 
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
 transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, or torchscale's in its
@@ -55,7 +56,7 @@ def of_transformers(kind: str, folder):
     """(its model, a function of tokens to logits)."""
     import transformers
 
-    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[kind]
+    cls = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "rwkv4": "RwkvForCausalLM"}[kind]
     model = getattr(transformers, cls).from_pretrained(folder)
     return model, lambda tokens: model(input_ids=tokens, use_cache=False).logits
 
@@ -73,6 +74,22 @@ def of_torchscale(folder):
     return model, lambda tokens: model(tokens)[0]
 
 
+DECAYED = (
+    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight"
+)  # fmt: skip
+OWN_RATE = ("time_decay", "time_first")  # ends of names there, and the recipe's groups
+
+
+def torch_groups(cfg, model) -> list[dict]:
+    """The recipe's groups of parameters, as torch's optimizers take them."""
+    found = {}
+    for name, p in model.named_parameters():
+        group = next((end for end in OWN_RATE if name.endswith(end)), "decayed" if name.endswith(DECAYED) else "plain")
+        found.setdefault(group if group in cfg.groups else "plain", []).append(p)
+    of = lambda g: {"weight_decay": cfg.groups[g].weight_decay, "lr": cfg.learning_rate * cfg.groups[g].lr_multiplier}
+    return [{"params": params, **of(group)} for group, params in found.items()]
+
+
 def torch_side(recipe, params, fused: bool):
     """Their model, from a folder that we export."""
     import torch
@@ -87,14 +104,7 @@ def torch_side(recipe, params, fused: bool):
         model, logits_of = of_torchscale(folder) if kind == "retnet" else of_transformers(kind, folder)
     model.train()
     cfg = recipe.optimizer
-    decayed = (
-        "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight"
-    )  # fmt: skip
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if n.endswith(decayed)], "weight_decay": cfg.groups["decayed"].weight_decay},
-        {"params": [p for n, p in named if not n.endswith(decayed)], "weight_decay": 0.0},
-    ]
+    groups = torch_groups(cfg, model)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.b1, cfg.b2), eps=cfg.eps, fused=fused or None)
 
     def run(batches):
@@ -169,7 +179,7 @@ def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet"), default="mamba")
+    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4"), default="mamba")
     model = parser.parse_known_args()[0].model
     args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
     about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}

@@ -3,8 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 weights,
-the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-4 and 7 and products with
+NF4 weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
@@ -28,6 +28,7 @@ from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # no
 from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
+from jaxvram.kernels.wkv4 import wkv4, wkv4_reference  # noqa: E402
 from jaxvram.kernels.wkv7 import wkv7, wkv7_reference  # noqa: E402
 
 ATTENTION = [  # B, T, H, G, K, causal
@@ -40,6 +41,7 @@ CROSS_ENTROPY = [(8192, 768, 50304), (4096, 2048, 32000)]  # N, D, V
 SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
 RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
+WKV4 = [(8, 1024, 768)]  # B, T, D
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
@@ -108,6 +110,16 @@ def retention_sides(B, T, H, P, N):
     o = lambda name: lambda q, k, v: scalar_decay(q, k, v, gammas, implementation=name)[0]
     reference = lambda q, k, v: retention_parallel(q, k, v, gammas)
     return {name: o(name) for name in OURS_AND_XLA}, reference, (q, N**-0.5 * k, v), 3
+
+
+def wkv4_sides(B, T, D):
+    """Decays and bonuses as a fresh RWKV-4 has them in its middle layers."""
+    bf16, keys, n = jnp.bfloat16, jax.random.split(jax.random.key(0), 2), jnp.arange(D)
+    k, v = (jax.random.normal(key, (B, T, D), bf16) for key in keys)
+    log_decay, first = -jnp.exp(-5 + 8 * (n / (D - 1)) ** 1.35), jnp.log(0.3) + 0.5 * ((n + 1) % 3 - 1)
+    y = lambda scan, **options: lambda *args: scan(*args, **options)[0]
+    sides = {name: y(wkv4, implementation=name) for name in OURS_AND_XLA}
+    return sides, y(wkv4_reference), (log_decay, first, k, v), 4
 
 
 def wkv7_sides(B, T, H, N):
@@ -189,6 +201,7 @@ def cases() -> list[tuple]:
         "selective_scan": (selective_scan_sides, SELECTIVE_SCAN),
         "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
         "retention": (retention_sides, RETENTION),
+        "wkv4": (wkv4_sides, WKV4),
         "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
     }

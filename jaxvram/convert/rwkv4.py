@@ -8,7 +8,9 @@ from jaxvram.convert.huggingface import HuggingFaceFolder, write_folder
 from jaxvram.convert.rwkv import Layout, Parameter, Stored
 from jaxvram.models.rwkv4 import RWKV4Config
 
-DEFAULTS = {"vocab_size": 50277, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": None}  # transformers'
+DEFAULTS = {  # what transformers takes for a key that config.json leaves out
+    "vocab_size": 50277, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": None,
+}  # fmt: skip
 SIZE_OF = {
     "vocab_size": "vocab_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "d_ffn": "intermediate_size",
 }  # fmt: skip
@@ -80,6 +82,6 @@ def save(params, cfg: RWKV4Config, folder) -> None:
     """
     config = {theirs: _size(cfg, ours) for ours, theirs in SIZE_OF.items()}
     config |= {"architectures": ["RwkvForCausalLM"], "model_type": "rwkv", "attention_hidden_size": cfg.n_embd}
-    config |= {"context_length": cfg.block_size, "layer_norm_epsilon": 1e-5, "rescale_every": 0, "tie_word_embeddings": False}
-    config |= {"bos_token_id": 0, "eos_token_id": 0, "torch_dtype": cfg.param_dtype}
+    config |= {"context_length": cfg.block_size, "layer_norm_epsilon": 1e-5, "rescale_every": 0}
+    config |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": cfg.param_dtype}
     write_folder(folder, config, rwkv.to_tensors(params, cfg, layout_of(cfg), official=False))

@@ -16,8 +16,8 @@ from jaxvram.kernels import backend
 from jaxvram.kernels.backend import Tile
 from jaxvram.kernels.wkv4_xla import EMPTY, Gradient, State, advance, back, end_back, packed, read, start_back, unpacked
 
-# Tokens a group x channels a program. Programs of one warp: 8 x 768 channels make 192, for 46 multiprocessors. A group of the
-# backward pass is from one state that `wkv4_states` writes to the next.
+# Tokens a group x channels a program. Programs of one warp: 8 x 768 channels make 192, for 46 multiprocessors. A group of
+# the backward pass is from one state that `wkv4_states` writes to the next.
 FORWARD = BACKWARD = Tile(16, 32, 1, 1)
 
 
@@ -47,7 +47,7 @@ class _Program:
         backend.store(ref.at[(*at, self.channels)], value, mask=mask)
 
     def load_state(self, ref, *at) -> State:
-        return State(*(self.load(ref, *at, jnp.int32(i)) for i in range(3)))  # Pallas' interpreter knows no plain numbers
+        return State(*(self.load(ref, *at, jnp.int32(i)) for i in range(3)))  # plain numbers fail in the interpreter
 
     def store_state(self, ref, s, *at) -> None:
         for i, value in enumerate(s):

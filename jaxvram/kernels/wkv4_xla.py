@@ -22,7 +22,6 @@ from jaxvram.kernels import segments
 EMPTY = -1e38  # p of a state that has seen no token
 SEGMENT_BUDGET = 4 * 2**20  # bytes of one fp32 array of a segment's tokens and channels
 LEAST_SEGMENT = 64  # tokens, however many channels there are
-UNROLL = 8  # tokens a round of the loop
 
 
 class State(NamedTuple):
@@ -119,10 +118,6 @@ def _tokens(arrays) -> _Tokens:
     return _Tokens(k if there is None else jnp.where(there[..., None], k, EMPTY), v, resets, there)
 
 
-def _scan(step, carry, xs, reverse=False):
-    return jax.lax.scan(step, carry, xs, reverse=reverse, unroll=min(UNROLL, jax.tree.leaves(xs)[0].shape[0]))
-
-
 def _cut(k_BxTxD, v_BxTxD, resets_BxT):
     """(arrays, tokens of a segment, number of segments)."""
     B, T, D = k_BxTxD.shape
@@ -139,7 +134,7 @@ def _states(w_D, arrays, s_Bx3xD):
         s, w = token.settled(s, w_D)
         return advance(s, w, token.k_LxBxD, token.v_LxBxD), s
 
-    return _scan(step, unpacked(s_Bx3xD), _tokens(arrays))
+    return jax.lax.scan(step, unpacked(s_Bx3xD), _tokens(arrays))
 
 
 def forward(w_D, u_D, k_BxTxD, v_BxTxD, s_Bx3xD, resets_BxT):
@@ -152,7 +147,7 @@ def forward(w_D, u_D, k_BxTxD, v_BxTxD, s_Bx3xD, resets_BxT):
         return advance(s, w, token.k_LxBxD, token.v_LxBxD), y_BxD
 
     def of_segment(s_Bx3xD, arrays, _):
-        s, y_LxBxD = _scan(step, unpacked(s_Bx3xD), _tokens(arrays))
+        s, y_LxBxD = jax.lax.scan(step, unpacked(s_Bx3xD), _tokens(arrays))
         return packed(s), jnp.moveaxis(y_LxBxD, 0, 1).astype(v_BxTxD.dtype)
 
     s_Bx3xD, y_BxTxD = segments.walk(of_segment, s_Bx3xD, arrays, L, count)
@@ -176,12 +171,12 @@ def backward(w_D, u_D, k_BxTxD, v_BxTxD, s_Bx3xD, resets_BxT, last_Bx3xD, dy_BxT
 
     def of_segment(carry, both, s_Bx3xD):
         arrays, dy_BxLxD = both
-        states = _states(w_D, arrays, s_Bx3xD)[1]
-        carry, gradients = _scan(step, carry, (_tokens(arrays), states, _by_time(dy_BxLxD)), reverse=True)
-        of = arrays[:2]
-        return carry, [jnp.moveaxis(d, 0, 1).astype(x.dtype) for d, x in zip(gradients, of, strict=True)]
+        by_time = _tokens(arrays), _states(w_D, arrays, s_Bx3xD)[1], _by_time(dy_BxLxD)
+        carry, gradients = jax.lax.scan(step, carry, by_time, reverse=True)
+        return carry, [jnp.moveaxis(d, 0, 1).astype(x.dtype) for d, x in zip(gradients, arrays[:2], strict=True)]
 
     zeros_BxD = jnp.zeros_like(s_Bx3xD[:, 0])
     carry = start_back(unpacked(last_Bx3xD), *unpacked(ds_Bx3xD)), zeros_BxD, zeros_BxD
-    (g, dw_BxD, du_BxD), gradients = segments.walk(of_segment, carry, (arrays, dy_BxTxD), L, count, before, reverse=True)
+    carry, gradients = segments.walk(of_segment, carry, (arrays, dy_BxTxD), L, count, before, reverse=True)
+    g, dw_BxD, du_BxD = carry
     return dw_BxD.sum(0), du_BxD.sum(0), *gradients, packed(end_back(unpacked(s_Bx3xD), g))

@@ -49,7 +49,8 @@ class RWKV4Config:
 
     def __post_init__(self):
         check_fields(self)
-        if min(self.block_size, self.n_layer, self.n_embd, self.vocab_multiple) < 1 or min(self.d_ffn, self.vocab_size) < 0:
+        sizes = (self.block_size, self.n_layer, self.n_embd, self.vocab_multiple)
+        if min(sizes) < 1 or min(self.d_ffn, self.vocab_size) < 0:
             raise UserError("model: every size must be at least 1, and neither d_ffn nor vocab_size negative")
         if self.table_range <= 0:
             raise UserError(f"model.table_range={self.table_range} must be more than 0")

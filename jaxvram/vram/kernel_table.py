@@ -17,6 +17,7 @@ from jaxvram.kernels import (
     nf4_pallas,
     scalar_decay_pallas,
     selective_scan_pallas,
+    wkv4_pallas,
     wkv7_pallas,
 )
 from jaxvram.kernels.attention import attention
@@ -27,6 +28,7 @@ from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entr
 from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
+from jaxvram.kernels.wkv4 import wkv4
 from jaxvram.kernels.wkv7 import wkv7
 from jaxvram.vram.cards import Card
 from jaxvram.vram.compile import compile_for
@@ -134,6 +136,21 @@ def scalar_decay_probe(what: str, B, T, G, H, P, N, *, retention=False) -> Probe
     return Probe(f"{what} {B}x{T}, {H} heads of {P}, {G} x {N} keys", fn, args, work)
 
 
+def wkv4_probe(what: str, B, T, D) -> Probe:
+    """bf16. No products: its limits are bytes, and what a step waits for the one before."""
+    spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
+    forward, backward = wkv4_pallas.FORWARD, wkv4_pallas.BACKWARD
+    channels, states = B * T * D, 12 * B * -(-T // backward.rows) * D
+    work = {
+        "wkv4_forward": Work(forward, 0, 6 * channels),
+        "wkv4_states": Work(backward, 0, 4 * channels + states),
+        "wkv4_backward": Work(backward, 0, 10 * channels + states),
+    }
+    args = (spec((D,), f32), spec((D,), f32), spec((B, T, D), bf16), spec((B, T, D), bf16))
+    fn = jax.value_and_grad(lambda *a: wkv4(*a)[0].astype(f32).sum(), (0, 1, 2, 3))
+    return Probe(f"{what} {B}x{T}, {D} channels", fn, args, work)
+
+
 def wkv7_probe(what: str, B, T, H, N) -> Probe:
     """bf16. States and their gradients at the chunks' bounds go through memory in the backward pass."""
     spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
@@ -185,6 +202,7 @@ def probes() -> list[Probe]:
         selective_scan_probe("Mamba 130M", 8, 2048, 1536, 16),
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
         scalar_decay_probe("RetNet medium", 4, 2048, 4, 4, 432, 256, retention=True),
+        wkv4_probe("RWKV-4 169M", 8, 1024, 768),
         wkv7_probe("RWKV-7 0.1B", 16, 512, 12, 64),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),

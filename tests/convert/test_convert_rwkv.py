@@ -1,4 +1,4 @@
-"""RWKV's weights from official files, and to and from Hugging Face folders: exact or not there, and a line for each failure."""
+"""RWKV's weights from official files, and to and from folders: exact or not there, and a clear line for each failure."""
 
 import dataclasses
 import json
@@ -134,7 +134,7 @@ LAST = "blocks.1.ffn.value.weight"
         ("rwkv4", lambda t: {"a": np.ones(1, np.float32)}, "is no RWKV-4: it has no tensors for vocab_size, n_embd, d_ffn"),
         ("rwkv7", lambda t: {k: t[k] for k in t if k != "blocks.1.att.v1"}, "is no RWKV-7: it has no tensors for d_value"),
     ],
-)
+)  # fmt: skip
 def test_an_official_file_of_something_else(name, edit, message, tmp_path):
     official(MODELS[name], tmp_path / "model.pth", edit)
     with pytest.raises(UserError, match=message) as raised:

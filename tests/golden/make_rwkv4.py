@@ -40,8 +40,9 @@ def weights(variant: str) -> dict[str, np.ndarray]:
         for part, names in (("attention", ("key", "value", "receptance")), ("feed_forward", ("key", "receptance"))):
             for name in names:
                 named[f"{layer}.{part}.time_mix_{name}"] = 0.5 + draw(0.3, 1, 1, D)
-        for name in ("attention.key", "attention.value", "attention.receptance", "attention.output", "feed_forward.receptance"):
-            named[f"{layer}.{name}.weight"] = draw(D**-0.5, D, D)
+        for name in ("key", "value", "receptance", "output"):
+            named[f"{layer}.attention.{name}.weight"] = draw(D**-0.5, D, D)
+        named[f"{layer}.feed_forward.receptance.weight"] = draw(D**-0.5, D, D)
         named |= {f"{layer}.feed_forward.key.weight": draw(D**-0.5, F, D)}
         named |= {f"{layer}.feed_forward.value.weight": draw(F**-0.5, D, F)}
     return named

@@ -17,7 +17,9 @@ from jaxvram.layers.stack import REMAT
 from jaxvram.models.rwkv4 import RWKV4, SIZES, RWKV4Config
 from jaxvram.sample.text import generate
 
-CFG = RWKV4Config(vocab_size=29, vocab_multiple=8, block_size=40, n_layer=3, n_embd=8, d_ffn=12, remat="none", dtype="float32")
+CFG = RWKV4Config(
+    vocab_size=29, vocab_multiple=8, block_size=40, n_layer=3, n_embd=8, d_ffn=12, remat="none", dtype="float32"
+)  # fmt: skip
 B, T = 2, 20
 
 

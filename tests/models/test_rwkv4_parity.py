@@ -1,4 +1,4 @@
-"""RWKV-4 equals transformers' (logits, loss, every gradient; by golden file always, live where it is) and the `rwkv` package."""
+"""RWKV-4 equals transformers' (logits, loss, every gradient; golden file always, live if there) and the `rwkv` package."""
 
 import os
 import subprocess
