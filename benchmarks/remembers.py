@@ -2,9 +2,9 @@
 
   python benchmarks/remembers.py [--runs=FOLDER]    # of the models that recurrent_tiny.py trained; those it trains at need
 
-For a held-out text of 512 tokens and a random direction u of the last hidden state h (after the norm), the gradient of u . h
-with regard to the embedding of the token n places back has the length g(n); the root of its mean square over u is the norm
-of the Jacobian. g(n) / g(0) is drawn, the root of the mean square over TEXTS texts of DRAWS directions. GPT-2 has positions
+For a held-out text of 512 tokens and a random direction u of the last hidden state h (after the norm): the gradient of u . h
+with regard to the embedding of the token n places back, in units of that embedding's own size, has the length g(n); its root
+mean square over u is the norm of a Jacobian. Drawn is g(n) / g(0), the geometric mean over TEXTS texts. GPT-2 has positions
 for 64 tokens and no more; the others learnt from 64 and read on. Beside each name: the bytes that it carries along.
 """
 
@@ -29,8 +29,8 @@ def texts(task, tokens: int) -> np.ndarray:
     return rows.reshape(TEXTS, TOKENS)[:, -tokens:]
 
 
-def lengths(task, params, tokens: int) -> np.ndarray:
-    """(tokens,): g(n), n = 0 first."""
+def left_over(task, params, tokens: int) -> np.ndarray:
+    """(tokens,): g(n) / g(0), n = 0 first."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -41,8 +41,13 @@ def lengths(task, params, tokens: int) -> np.ndarray:
 
     def said(delta_BxTxD, tokens_BxT, u_BxD):
         def shifted(call, args, kwargs, context):
-            looks_up_tokens = isinstance(context.module, Embed) and args[0].ndim == 2
-            return call(*args, **kwargs) + (delta_BxTxD if looks_up_tokens else 0)
+            out, is_table = (
+                call(*args, **kwargs),
+                isinstance(context.module, Embed) and context.method_name == "__call__",
+            )
+            if not is_table or args[0].ndim != 2:  # a table of positions is asked for one axis of them
+                return out
+            return out + delta_BxTxD * jnp.sqrt(jnp.square(out).mean(-1, keepdims=True))
 
         with nn.intercept_methods(shifted):
             hidden_BxTxD, _ = model.apply({"params": params}, tokens_BxT)
@@ -50,12 +55,13 @@ def lengths(task, params, tokens: int) -> np.ndarray:
 
     gradient = jax.jit(jax.grad(said))
     tokens_BxT, D = texts(task, tokens), model.cfg.n_embd
-    squares_T = 0.0
+    squares_BxT = 0.0
     for draw in range(DRAWS):
         u_BxD = np.random.default_rng(draw).normal(size=(TEXTS, D)).astype(np.float32)
         g_BxTxD = np.asarray(gradient(np.zeros((*tokens_BxT.shape, D), np.float32), tokens_BxT, u_BxD), np.float64)
-        squares_T += np.square(g_BxTxD).sum(-1).mean(0) / DRAWS
-    return np.sqrt(squares_T)[::-1]
+        squares_BxT += np.square(g_BxTxD).sum(-1)[:, ::-1] / DRAWS
+    left_BxT = np.sqrt(squares_BxT / squares_BxT[:, :1])
+    return np.exp(np.log(np.maximum(left_BxT, NEVER)).mean(0))
 
 
 def row_of(name: str, runs: pathlib.Path) -> dict:
@@ -65,15 +71,15 @@ def row_of(name: str, runs: pathlib.Path) -> dict:
     recipe = built(*MODELS[name])
     task, params, _ = load_checkpoint(recipe, folder_of(name, runs), "latest")
     tokens = min(task.model.context or TOKENS, TOKENS)
-    g_T = lengths(task, params, tokens)
-    return {"bytes_of_state": state_bytes(recipe.model, 64), "left": [float(f"{x:.4g}") for x in g_T / g_T[0]]}
+    left_T = left_over(task, params, tokens)
+    return {"bytes_of_state": state_bytes(recipe.model, 64), "left": [float(f"{x:.4g}") for x in left_T]}
 
 
 def smoothed(left: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """(n, left) of n >= 1: single tokens at first, then means of logarithms over widths that grow, as a log axis reads."""
     edges = np.unique(np.geomspace(1, len(left), 60).round().astype(int))
     pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    log = np.log(np.maximum(left, NEVER))
+    log = np.log(left)
     n = np.array([np.exp(np.log(np.arange(len(left))[piece]).mean()) for piece in pieces])
     return n, np.exp([log[piece].mean() for piece in pieces])
 
