@@ -98,9 +98,11 @@ def draw(rows: dict, path: pathlib.Path) -> None:
         style = {"color": COLOURS[name], "linestyle": "--" if name == "GPT-2" else "-"}
         axes.plot(*smoothed(row["left"]), label=label, linewidth=1.6, **style)
     axes.axvline(64, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate("learnt from\nas many", (64, 1), xytext=(4, -4), textcoords="offset points", va="top", fontsize=8)
+    axes.annotate("trained on\n64 tokens", (64, 1), xytext=(4, -4), textcoords="offset points", va="top", fontsize=8)
     axes.set(xscale="log", yscale="log", xlim=(1, TOKENS), ylim=(1e-6, 1.5))
-    axes.set(xlabel="n, tokens back", ylabel="gradient of the hidden state, of that at n = 0")
+    axes.set_xticks([2**i for i in range(10)], [str(2**i) for i in range(10)])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="n, tokens back", ylabel="g(n) / g(0), the hidden state's gradient")
     axes.legend(title="carried along, per sequence", fontsize=9, loc="lower left")
     axes.grid(alpha=0.3, which="major")
     figure.savefig(path, dpi=120)
