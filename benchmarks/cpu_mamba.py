@@ -4,12 +4,13 @@
   python benchmarks/cpu_mamba.py --model=mamba2
   python benchmarks/cpu_mamba.py --model=retnet   # beside torchscale: pip install --no-deps torchscale==0.3.0
   python benchmarks/cpu_mamba.py --model=rwkv4
+  python benchmarks/cpu_mamba.py --model=rwkv6    # beside rwkv-simple: pip install --no-deps rwkv-simple==0.1.1 einops
 
 4 layers of 128, a vocabulary of 256, 8 x 64 tokens a step, fp32, AdamW. jaxvram runs its real train step; the other side is
 transformers' own model without the authors' CUDA packages, as everyone has it who has no such GPU, or torchscale's in its
-parallel form, with torch's default AdamW and with its fused one. How sides are compared and what the columns mean:
-side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k tokens, and beside them GPT-2's
-of the same width with its cache.
+parallel form, or rwkv-simple's, with torch's default AdamW and with its fused one. How sides are compared and what the
+columns mean: side_by_side.py. Sampling times are those of a step of the decoding loop after 1k, 8k and 64k tokens, and
+beside them GPT-2's of the same width with its cache.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def load_recipe(model: str):
 
     settle_platform()
     built = recipe.build(*recipe.load(f"{ROOT / 'configs' / model}.py:tiny"))
-    more = {"n_head": 4, "d_value": 256, "n_inner": 256} if model == "retnet" else {}
+    more = {"retnet": {"n_head": 4, "d_value": 256, "n_inner": 256}, "rwkv6": {"d_mix": 32, "d_decay": 64}}.get(model, {})
     cfg = dataclasses.replace(built.model, vocab_size=V, block_size=T, n_layer=4, n_embd=128, reset_token=-1, **more)
     train = dataclasses.replace(built.train, batch_size=B, microbatch_size=0, steps=1000)
     optimizer = dataclasses.replace(built.optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0)
@@ -74,8 +75,19 @@ def of_torchscale(folder):
     return model, lambda tokens: model(tokens)[0]
 
 
+def of_rwkv_simple(cfg, file):
+    """Its PyTorch form of the recurrence, by chunks in fp64, as it comes."""
+    import rwkv_simple
+    import torch
+
+    model = rwkv_simple.RWKV(cfg.n_embd, cfg.head_dim, expand=cfg.hidden / cfg.n_embd, n_layer=cfg.n_layer, vocab_size=V)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model, lambda tokens: model(tokens, need_state=False)
+
+
 DECAYED = (
-    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight"
+    "proj.weight", "conv1d.weight", "embeddings.weight", "fc1.weight", "fc2.weight", "gate.weight", "embed_tokens.weight",
+    "emb.weight", "head.weight", "key.weight", "value.weight", "receptance.weight", "output.weight",
 )  # fmt: skip
 OWN_RATE = ("time_decay", "time_first")  # ends of names there, and the recipe's groups
 
@@ -99,9 +111,13 @@ def torch_side(recipe, params, fused: bool):
     torch.set_num_threads(os.cpu_count())
     kind = models.name_of(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder) / "model"
-        convert.converter(recipe.model).save(params, recipe.model, folder)
-        model, logits_of = of_torchscale(folder) if kind == "retnet" else of_transformers(kind, folder)
+        folder, source = pathlib.Path(folder) / "model", convert.converter(recipe.model)
+        if kind == "rwkv6":
+            source.save_official(params, recipe.model, folder.with_suffix(".pth"))
+            model, logits_of = of_rwkv_simple(recipe.model, folder.with_suffix(".pth"))
+        else:
+            source.save(params, recipe.model, folder)
+            model, logits_of = of_torchscale(folder) if kind == "retnet" else of_transformers(kind, folder)
     model.train()
     cfg = recipe.optimizer
     groups = torch_groups(cfg, model)
@@ -179,7 +195,7 @@ def sampling_times(model: str, new_tokens: int = 64, rounds: int = 5) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4"), default="mamba")
+    parser.add_argument("--model", choices=("mamba", "mamba2", "retnet", "rwkv4", "rwkv6"), default="mamba")
     model = parser.parse_known_args()[0].model
     args = side_by_side.arguments(parser, 2, ROOT / "benchmarks" / "results" / f"cpu_{model}.json")
     about = {"model": f"{model}, 4 layers of 128, fp32", "recipe": f"configs/{model}.py:tiny, changed as load_recipe says"}

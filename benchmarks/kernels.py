@@ -3,7 +3,7 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-4 and 7 and products with
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, the recurrences of RWKV-4 to 7 and products with
 NF4 weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
@@ -29,6 +29,7 @@ from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E4
 from jaxvram.kernels.scalar_decay import scalar_decay, scalar_decay_reference  # noqa: E402
 from jaxvram.kernels.selective_scan import selective_scan, selective_scan_reference  # noqa: E402
 from jaxvram.kernels.wkv4 import wkv4, wkv4_reference  # noqa: E402
+from jaxvram.kernels.wkv6 import wkv6, wkv6_reference  # noqa: E402
 from jaxvram.kernels.wkv7 import wkv7, wkv7_reference  # noqa: E402
 
 ATTENTION = [  # B, T, H, G, K, causal
@@ -42,6 +43,7 @@ SELECTIVE_SCAN = [(2, 2048, 1536, 16)]  # B, T, E, N
 SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
 RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
 WKV4 = [(8, 1024, 768)]  # B, T, D
+WKV6 = [(8, 1024, 12, 64, False), (8, 1024, 12, 64, True)]  # B, T, H, N, whether the decay is constant (RWKV-5)
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 OURS_AND_XLA = ("pallas", "xla")
@@ -120,6 +122,17 @@ def wkv4_sides(B, T, D):
     y = lambda scan, **options: lambda *args: scan(*args, **options)[0]
     sides = {name: y(wkv4, implementation=name) for name in OURS_AND_XLA}
     return sides, y(wkv4_reference), (log_decay, first, k, v), 4
+
+
+def wkv6_sides(B, T, H, N, constant):
+    """Decays as a fresh model has them: log decays from -exp(-6) to -exp(-1), a head's channels apart."""
+    bf16, keys = jnp.bfloat16, jax.random.split(jax.random.key(0), 5)
+    r, k, v = (jax.random.normal(key, (B, T, H, N), bf16) for key in keys[:3])
+    decay = jnp.linspace(-6.0, -1.0, H * N).reshape(H, N)
+    log_decay = -jnp.exp(decay if constant else decay + 0.5 * jax.random.normal(keys[3], (B, T, H, N)))
+    y = lambda scan, **options: lambda *args: scan(*args, **options)[0]
+    sides = {name: y(wkv6, implementation=name) for name in OURS_AND_XLA}
+    return sides, y(wkv6_reference), (r, log_decay, N**-0.5 * k, v, jax.random.normal(keys[4], (H, N))), 5
 
 
 def wkv7_sides(B, T, H, N):
@@ -202,6 +215,7 @@ def cases() -> list[tuple]:
         "scalar_decay": (scalar_decay_sides, SCALAR_DECAY),
         "retention": (retention_sides, RETENTION),
         "wkv4": (wkv4_sides, WKV4),
+        "wkv6": (wkv6_sides, WKV6),
         "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
     }

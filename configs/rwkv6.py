@@ -6,13 +6,14 @@
     --config.data.tokenizer=world --config.data.path=TEXT --config.optimizer.learning_rate=1e-5
 
   variant    parameters  card      time           planned peak  what to expect
-  0.1b         192 M   RTX 4070  18 hours         4.0 GiB       not known
-  1.6b       1,600 M   RTX 4070  to fine-tune     8.0 GiB       not known
-  tiny         6.6 M   2 cores   3 minutes        0.3 GiB       not seen yet
+  0.1b         197 M   RTX 4070  21 hours         3.6 GiB       not known
+  1.6b       1,600 M   RTX 4070  to fine-tune     7.5 GiB       not known
+  tiny         6.6 M   2 cores   3 minutes        0.3 GiB       training loss from 9.4 (step 10) to 4.4 on Python's help text
 
 FineWeb's shards come in GPT-2's tokens, which fill 50,257 of the 65,536 rows that RWKV's own vocabulary has; with
-tokenizer=world a text is read in that one. Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token at 40 % of the
-card's 58 TFLOP/s, a third more for what remat makes again. Nobody has trained the large ones to the end.
+tokenizer=world a text is read in that one. Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token, the table not
+counted, at 40 % of the card's 58 TFLOP/s, a third more for what remat makes again. Nobody has trained the large ones to the
+end. The authors published no RWKV-6 of 0.1b: it is the size of their RWKV-7 of that name.
 """
 
 from jaxvram import recipe

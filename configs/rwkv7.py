@@ -10,7 +10,7 @@
   0.1b         191 M   RTX 4070  18 hours         3.5 GiB       the authors' demo on minipile: 3.30 after 12 x 20.6M tokens
   0.4b         451 M   RTX 4070  2 days           7.8 GiB       not known
   1.5b       1,527 M   RTX 4070  to fine-tune     7.2 GiB       not known
-  recall       0.1 M   2 cores   2 minutes      0.1 GiB       99.9 % of held-out questions answered; rwkv4.py: 29 %
+  recall       0.1 M   2 cores   2 minutes      0.1 GiB       99.9 % of held-out questions answered; rwkv4.py: 30 %
   tiny         6.6 M   2 cores   3 minutes        0.3 GiB       training loss from 9.4 (step 10) to 4.2 on Python's help text
 
 FineWeb's shards come in GPT-2's tokens, which fill 50,257 of the 65,536 rows that RWKV's own vocabulary has; with

@@ -88,6 +88,7 @@ def fails(capsys, *arguments):
         ([SORT, "--mode=sample", "--workdir=nowhere"], "no checkpoint in nowhere"),
         ([SORT, "--mode=export"], "--out=DIR"),
         ([SORT, "--mode=export", "--out=x"], "no checkpoint"),
+        ([SORT, "--mode=export", "--out=x.pth"], "--out=x.pth: gpt2's weights are exported to a folder, --out=DIR"),
         (["--mode=prepare"], "--input"),
         (["--mode=prepare", "--input=gone.txt", "--out=x", "--tokenizer=char"], "gone.txt"),
         ([SORT, "--mode=prepare", "--input=a", "--out=b"], "reads no recipe"),

@@ -1,9 +1,9 @@
-"""RWKV-4's weights: from an official .pth, from and to a Hugging Face folder (transformers.RwkvForCausalLM).
+"""RWKV-4's weights: official .pth, and Hugging Face folders (transformers.RwkvForCausalLM), both in and out.
 
 Both have matrices [out, in] and mixtures as (1, 1, D); ours are [in, out], and (D,).
 """
 
-from jaxvram.convert import rwkv
+from jaxvram.convert import rwkv, torch_file
 from jaxvram.convert.huggingface import HuggingFaceFolder, write_folder
 from jaxvram.convert.rwkv import Layout, Parameter, Stored
 from jaxvram.models.rwkv4 import RWKV4Config
@@ -85,3 +85,8 @@ def save(params, cfg: RWKV4Config, folder) -> None:
     config |= {"context_length": cfg.block_size, "layer_norm_epsilon": 1e-5, "rescale_every": 0}
     config |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": cfg.param_dtype}
     write_folder(folder, config, rwkv.to_tensors(params, cfg, layout_of(cfg), official=False))
+
+
+def save_official(params, cfg: RWKV4Config, file) -> None:
+    """A .pth that the rwkv package loads; see torch_file.write."""
+    torch_file.write(file, rwkv.to_tensors(params, cfg, layout_of(cfg), official=True))

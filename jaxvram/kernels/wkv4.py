@@ -8,7 +8,7 @@ Every number belongs to one channel: there are no products of matrices, only T s
 
 Bytes: kept for the backward pass are the inputs alone, k and v, 4 a token and channel in bf16, and the last state, 12 a
 channel; flash-linear-attention's kernel keeps the states of all tokens, 12 a token and channel. While it runs, the backward
-pass of the kernels has a state every 16 tokens, 12/16 of a byte a token and channel. That of XLA has a state a segment
+pass of the kernels has a state every 8 tokens, 1.5 bytes a token and channel. That of XLA has a state a segment
 (of at least 64 tokens), and of one segment the states of all tokens and what they need.
 """
 

@@ -1,12 +1,16 @@
 """RWKV-5's and RWKV-6's recurrence: y_t = S_{t-1} r_t + (r_t . u k_t) v_t, S_t = S_{t-1} diag(d_t) + v_t^T k_t.
 
 S is values x keys; d = exp(log decay) is a key's own, for each token another in RWKV-6, for all the same in RWKV-5; u, the
-bonus, is what the token itself counts for (Peng et al. 2024, arXiv:2404.05892). Both forms go by chunks of 16 tokens
-(`wkv6_xla.py` has the algebra), by halves, so that a decay may be as strong as it likes: no factor is above 1, and neither an
-exponent nor its gradient is a difference of sums.
+bonus, is what a token's own key counts for (Peng et al. 2024, arXiv:2404.05892). Both forms go by chunks of 16 tokens, and
+within a chunk by halves (`wkv6_xla.py` has the algebra): a decay may be as strong as it likes, since no factor is above 1,
+and neither an exponent nor its gradient is a difference of sums. On NVIDIA GPUs Pallas kernels (wkv6_pallas.py) do so on
+tensor cores with the state in registers.
 
 Bytes: kept for the backward pass are the inputs alone, 10 a token and channel in bf16 (r, k, v 2 each, the decay 4), and 6
-where the decay is constant.
+where the decay is constant. While they run, the forward pass of the kernels has what the tokens of a chunk read of each
+other, with heads of 64 half a byte a token and channel, and the backward pass the state before each chunk and the gradient
+of that behind it, in bf16 with heads of 64 8 bytes each: 16, 101 MB at 8 x 1024 with D = 768. That of XLA has a state a
+segment, and what a segment needs.
 """
 
 import functools

@@ -1,11 +1,13 @@
 """RWKV-5's and RWKV-6's recurrence as Pallas kernels (the algebra: wkv6_xla.py).
 
-`forward` walks along a head's chunks with the state in registers. `states` is that walk for the backward pass, without what
-tokens read, and at the same time the walk from the end: it writes the state before each chunk and the gradient of that behind
-it. `gradients` has a program for each chunk of each head, and all else from the inputs and those two.
+`pairs` makes A, a program of one warp for each chunk of each head: together with the walk it would leave room for two
+blocks a multiprocessor and no more. `forward` walks along a head's chunks with the state in registers. `states` is that
+walk for the backward pass, without what tokens read, and at the same time the walk from the end: it writes the state
+before each chunk and the gradient of that behind it. `gradients` has a program for each chunk of each head, and all else
+from the inputs and those.
 
-A decay that is the same for all tokens makes every exponent a number of tokens times it: no sums, and its gradient goes back as
-one row a chunk.
+A decay that is the same for all tokens makes every exponent a number of tokens times it: no sums, and its gradient goes
+back as one row a chunk.
 """
 
 import functools
@@ -36,8 +38,8 @@ class _Span:
 
 
 class _Chunk:
-    """A chunk's decays and masks. Arrays are turned, rows are keys or values, columns tokens, so that each warp has 16 rows of
-    all products but the small ones. (Triton gives the warps of chained products rows of 16 each.)
+    """A chunk's decays and masks. Arrays are turned, rows are keys or values, columns tokens, so that each warp has 16 rows
+    of all products but the small ones. (Triton gives the warps of chained products rows of 16 each.)
     """
 
     def __init__(self, c, C: int, T: int, dtype, g_ref, document_ref):
@@ -186,8 +188,9 @@ def _gradients_kernel(r_ref, g_ref, k_ref, v_ref, u_ref, dy_ref, before_ref, beh
 
     own_1xC = jnp.where(chunk.own, of_pairs, 0.0).sum(axis=0)[None, :]
     backend.store(du_ref, (own_1xC * r * k).sum(axis=1))
-    A_CxC, dg = chunk.pairs(chunk.scaled(r, u_Nx1), k, chunk.own), jnp.zeros(dg_ref.shape[-1:] if chunk.constant else r.shape)
-    A_CxC, dr, dk, dg = chunk.levels(of_level, (A_CxC, own_1xC * u_Nx1 * k, own_1xC * u_Nx1 * r, dg))
+    A_CxC, dr, dk = chunk.pairs(chunk.scaled(r, u_Nx1), k, chunk.own), own_1xC * u_Nx1 * k, own_1xC * u_Nx1 * r
+    dg = jnp.zeros(dg_ref.shape[-1:] if chunk.constant else r.shape, jnp.float32)
+    A_CxC, dr, dk, dg = chunk.levels(of_level, (A_CxC, dr, dk, dg))
 
     s, ds, f = backend.load(before_ref), backend.load(behind_ref), chunk.decay(chunk.behind) * chunk.to_end
     chunk.store(dv_ref, dot(dy, A_CxC.astype(chunk.dtype)) + dot(ds, chunk.scaled(k, f)))

@@ -3,12 +3,12 @@
 Within a chunk, with g the log decays and S_0 the state before it, rows for tokens,
   Y = (r P) S_0^T + A V,  S_C = S_0 exp(sum of all g) + V^T (k Q),  P_t = exp(sum_{i < t} g_i),  Q_j = exp(sum_{i > j} g_i),
   A_tj = r_t . k_j exp(sum_{j < i < t} g_i) for j < t,  A_tt = r_t . u k_t.
-g is not bounded: P_t / P_{j+1} as two factors overflows within 16 tokens. So A is made by halves: of a block of 2 h tokens,
-all t of the later half see all j of the earlier one across the bound s between them,
-  A_tj = r_t f_t . k_j f_j,  f_t = exp(sum_{s <= i < t} g_i),  f_j = exp(sum_{j < i < s} g_i),
-a product of matrices with no factor above 1. h = 8, 4, 2 and 1 have every pair once. Each exponent is a sum of just the g that
-it is of (`spans`), not a difference of longer sums, so g of -10,000 beside one of -0.001 costs no digit; and since the decay's
-gradient goes back by the same sums, nothing cancels there either.
+g is not bounded: P_t / P_{j+1} as two factors overflows within 16 tokens. So A is made by halves: of a block of 2 h
+tokens, all t of the later half see all j of the earlier one across the bound m between them,
+  A_tj = r_t f_t . k_j f_j,  f_t = exp(sum_{m <= i < t} g_i),  f_j = exp(sum_{j < i < m} g_i),
+a product of matrices with no factor above 1. h = 8, 4, 2 and 1 have every pair once. Each exponent is a sum of just the g
+that it is of (`spans`), not a difference of longer sums, so g of -10,000 beside one of -0.001 costs no digit. The gradient
+of g goes back by the same sums: of a decay that is next to nothing it is as exact as of any other.
 """
 
 import functools

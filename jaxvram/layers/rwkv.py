@@ -33,26 +33,28 @@ class RWKVBlock(nn.Module):
 
     cfg: Any
     layer: Any = 0  # its place, which its starting weights depend on
-    time_mix: ClassVar[type[nn.Module]]  # (z, state, resets) -> (att, (the last token, S))
+    time_mix: ClassVar[type[nn.Module]]  # (z, state, resets) -> (att, (the last token, the recurrence's state))
     channel_mix: ClassVar[type[nn.Module]]  # (z, the token before the first, resets) -> (ffn, the last token)
 
     @nn.compact
     def __call__(self, x_BxTxD, state, resets_BxT, deterministic: bool = True):
         norm = functools.partial(LayerNorm, dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
         att, ffn = self.time_mix(self.cfg, self.layer, name="att"), self.channel_mix(self.cfg, self.layer, name="ffn")
-        y_BxTxD, (att_BxD, s_BxHxNxN) = att(norm(name="ln1")(x_BxTxD), state, resets_BxT)
+        y_BxTxD, (att_BxD, s) = att(norm(name="ln1")(x_BxTxD), state, resets_BxT)
         x_BxTxD = x_BxTxD + y_BxTxD
         y_BxTxD, ffn_BxD = ffn(norm(name="ln2")(x_BxTxD), state.ffn_BxD if state else None, resets_BxT)
-        return x_BxTxD + y_BxTxD, RWKVState(att_BxD, s_BxHxNxN, ffn_BxD) if state else None
+        return x_BxTxD + y_BxTxD, type(state)(att_BxD, s, ffn_BxD) if state else None
 
 
 class RWKVLM(RecurrentLM):
     """ln0 behind the table, layers that start from weights of their place, LayerNorm before a head of its own."""
 
+    table_range = 1e-4  # a fresh table is uniform within +- this
+
     def setup(self):
         cfg = self.cfg
         dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        table = padded_rows(cfg.vocab_size, lambda *args: jax.random.uniform(*args, -1e-4, 1e-4))
+        table = padded_rows(cfg.vocab_size, lambda *args: jax.random.uniform(*args, -self.table_range, self.table_range))
         self.embedding = Embed(cfg.table_rows, cfg.n_embd, table, jnp.float32, cfg.param_dtype)
         self.ln0, self.norm_f = LayerNorm(**dtypes), LayerNorm(**dtypes)
         self.layers = self.stack()
@@ -63,8 +65,9 @@ class RWKVLM(RecurrentLM):
         cfg = self.cfg
         return Stack(self.block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers, first=0)
 
-    def run_layers(self, x_BxTxD, state, extras: tuple, deterministic: bool):
-        return super().run_layers(self.ln0(x_BxTxD), state, extras, deterministic)
+    def embed(self, tokens_BxT):
+        """The stream before the first layer, in the compute dtype."""
+        return self.ln0(self.embedding(tokens_BxT))
 
     def empty_state(self, batch: int) -> RWKVState:
         cfg = self.cfg
@@ -113,6 +116,7 @@ class ChannelMix(nn.Module):
     layer: Any = 0
     maa: bool = False
     power: int = 1  # of what is left of the depth, by which shares start
+    gain = 1.0  # of a fresh K
 
     @nn.compact
     def __call__(self, z_BxTxD, last_BxD, resets_BxT):
@@ -120,7 +124,7 @@ class ChannelMix(nn.Module):
         dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         delta_BxTxD, last_BxD = token_shift(z_BxTxD, last_BxD, resets_BxT)
         mixed = lambda name: mixture(z_BxTxD, delta_BxTxD, self._share(name))
-        h_BxTxF = jnp.square(jax.nn.relu(dense(cfg.hidden, kernel_init=orthogonal(1.0), name="key")(mixed("k"))))
+        h_BxTxF = jnp.square(jax.nn.relu(dense(cfg.hidden, kernel_init=orthogonal(self.gain), name="key")(mixed("k"))))
         y_BxTxD = dense(D, kernel_init=nn.initializers.zeros, name="value")(h_BxTxF)
         r_BxTxD = dense(D, kernel_init=nn.initializers.zeros, name="receptance")(mixed("r"))
         return jax.nn.sigmoid(r_BxTxD) * y_BxTxD, last_BxD

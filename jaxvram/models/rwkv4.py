@@ -19,12 +19,10 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.wkv4 import empty_state, wkv4
-from jaxvram.layers.embeddings import Embed, Head, padded_rows
 from jaxvram.layers.linear import Linear
-from jaxvram.layers.norms import LayerNorm
-from jaxvram.layers.recurrent_lm import RecurrentLM, check_fields
-from jaxvram.layers.stack import Stack
-from jaxvram.layers.token_shift import token_shift
+from jaxvram.layers.recurrent_lm import check_fields
+from jaxvram.layers.rwkv import RWKVLM, ChannelMix, RWKVBlock, orthogonal, ratios
+from jaxvram.layers.token_shift import mixture, token_shift
 
 SIZES = {"169m": (12, 768), "430m": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560)}  # L, D: published, on the Pile
 
@@ -73,24 +71,19 @@ class RWKV4State(flax.struct.PyTreeNode):
 
 
 def _vectors(cfg: RWKV4Config, layer) -> dict:
-    """The vectors that a layer starts from, by name: of att, and time_mix_k of ffn."""
-    L, D = cfg.n_layer, cfg.n_embd
-    depth, left, channel_D = layer / max(L - 1, 1), 1.0 - layer / L, jnp.arange(D, dtype=jnp.float32)
-    mix_D = (channel_D / D) ** left
+    """The vectors that att starts from, by name."""
+    depth, left, channel_D = ratios(cfg, layer)
+    n_D = jnp.arange(cfg.n_embd, dtype=jnp.float32)
     return {
-        "time_mix_k": mix_D,
-        "time_mix_v": mix_D + 0.3 * depth,
-        "time_mix_r": (channel_D / D) ** (0.5 * left),
-        "time_decay": -5 + 8 * (channel_D / max(D - 1, 1)) ** (0.7 + 1.3 * depth),
-        "time_first": jnp.log(0.3) + 0.5 * ((channel_D + 1) % 3 - 1),
+        "time_mix_k": channel_D**left,
+        "time_mix_v": channel_D**left + 0.3 * depth,
+        "time_mix_r": channel_D ** (0.5 * left),
+        "time_decay": -5 + 8 * (n_D / max(cfg.n_embd - 1, 1)) ** (0.7 + 1.3 * depth),
+        "time_first": jnp.log(0.3) + 0.5 * ((n_D + 1) % 3 - 1),
     }
 
 
-orthogonal, zeros = nn.initializers.orthogonal, nn.initializers.zeros
-
-
-def _mixed(u_BxTxD, delta_BxTxD, mix_D, dtype):
-    return (u_BxTxD + delta_BxTxD * (1 - mix_D)).astype(dtype)
+zeros = nn.initializers.zeros
 
 
 class TimeMix(nn.Module):
@@ -105,7 +98,7 @@ class TimeMix(nn.Module):
         vector = lambda name: self.param(name, lambda key: _vectors(cfg, self.layer)[name])
         dense = functools.partial(Linear, D, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         delta_BxTxD, last_BxD = token_shift(u_BxTxD, state.att_BxD if state else None, resets_BxT)
-        mixed = lambda name: _mixed(u_BxTxD, delta_BxTxD, vector(f"time_mix_{name}"), cfg.dtype)
+        mixed = lambda name: mixture(u_BxTxD, delta_BxTxD, 1 - vector(f"time_mix_{name}"))
         r_BxTxD = jax.nn.sigmoid(dense(kernel_init=zeros, name="receptance")(mixed("r")))
         k_BxTxD = dense(kernel_init=zeros, name="key")(mixed("k"))
         v_BxTxD = dense(kernel_init=orthogonal(1.0), name="value")(mixed("v"))
@@ -116,59 +109,24 @@ class TimeMix(nn.Module):
         return dense(kernel_init=zeros, name="output")(r_BxTxD * y_BxTxD), (last_BxD, s_Bx3xD)
 
 
-class ChannelMix(nn.Module):
-    """u -> ffn, and the last token."""
-
-    cfg: RWKV4Config
-    layer: Any = 0
-
-    @nn.compact
-    def __call__(self, u_BxTxD, last_BxD, resets_BxT):
-        cfg, D = self.cfg, self.cfg.n_embd
-        dense = functools.partial(Linear, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        delta_BxTxD, last_BxD = token_shift(u_BxTxD, last_BxD, resets_BxT)
-        vector = lambda name: self.param(name, lambda key: _vectors(cfg, self.layer)["time_mix_k"])
-        mixed = lambda name: _mixed(u_BxTxD, delta_BxTxD, vector(f"time_mix_{name}"), cfg.dtype)
-        gain = max(1.0, cfg.hidden / D) ** 0.5
-        h_BxTxF = jnp.square(jax.nn.relu(dense(cfg.hidden, kernel_init=orthogonal(gain), name="key")(mixed("k"))))
-        r_BxTxD = jax.nn.sigmoid(dense(D, kernel_init=zeros, name="receptance")(mixed("r")))
-        return r_BxTxD * dense(D, kernel_init=zeros, name="value")(h_BxTxF), last_BxD
+class WideChannelMix(ChannelMix):
+    @property
+    def gain(self) -> float:
+        return max(1.0, self.cfg.hidden / self.cfg.n_embd) ** 0.5
 
 
-class Block(nn.Module):
-    """x += att(ln1 x), x += ffn(ln2 x)."""
-
-    cfg: RWKV4Config
-    layer: Any = 0  # its place, which its starting weights depend on
-
-    @nn.compact
-    def __call__(self, x_BxTxD, state, resets_BxT, deterministic: bool = True):
-        cfg = self.cfg
-        norm = functools.partial(LayerNorm, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        att, ffn = TimeMix(cfg, self.layer, name="att"), ChannelMix(cfg, self.layer, name="ffn")
-        y_BxTxD, (att_BxD, s_Bx3xD) = att(norm(name="ln1")(x_BxTxD), state, resets_BxT)
-        x_BxTxD = x_BxTxD + y_BxTxD
-        y_BxTxD, ffn_BxD = ffn(norm(name="ln2")(x_BxTxD), state.ffn_BxD if state else None, resets_BxT)
-        return x_BxTxD + y_BxTxD, RWKV4State(att_BxD, s_Bx3xD, ffn_BxD) if state else None
+class Block(RWKVBlock):
+    time_mix, channel_mix = TimeMix, WideChannelMix
 
 
-class RWKV4(RecurrentLM):
+class RWKV4(RWKVLM):
     """A language model of RWKV-4 layers."""
 
     block = Block
 
-    def setup(self):
-        cfg = self.cfg
-        dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        table = padded_rows(cfg.vocab_size, lambda *args: jax.random.uniform(*args, -cfg.table_range, cfg.table_range))
-        self.embedding = Embed(cfg.table_rows, cfg.n_embd, table, jnp.float32, cfg.param_dtype)
-        self.ln0, self.norm_f = LayerNorm(**dtypes), LayerNorm(**dtypes)
-        self.layers = Stack(Block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers, first=0)
-        gain = 0.5 * max(1.0, cfg.vocab_size / cfg.n_embd) ** 0.5
-        self.lm_head = Head(cfg.vocab_size, cfg.table_rows, cfg.n_embd, cfg.param_dtype, init=orthogonal(gain))
-
-    def embed(self, tokens_BxT):
-        return self.ln0(self.embedding(tokens_BxT))
+    @property
+    def table_range(self) -> float:
+        return self.cfg.table_range
 
     def empty_state(self, batch: int) -> RWKV4State:
         cfg = self.cfg

@@ -222,7 +222,7 @@ class RWKV7(RWKVLM):
 
     def run_layers(self, x_BxTxD, state, extras: tuple, deterministic: bool):
         first, rest = state or (None, None)
-        x_BxTxD, first, v_first_BxTxD = self.first(self.ln0(x_BxTxD), first, None, *extras, deterministic)
+        x_BxTxD, first, v_first_BxTxD = self.first(x_BxTxD, first, None, *extras, deterministic)
         x_BxTxD, rest = self.layers(x_BxTxD, rest, v_first_BxTxD, *extras, deterministic=deterministic)
         return x_BxTxD, (first, rest) if state else None
 

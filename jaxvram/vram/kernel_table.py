@@ -18,6 +18,7 @@ from jaxvram.kernels import (
     scalar_decay_pallas,
     selective_scan_pallas,
     wkv4_pallas,
+    wkv6_pallas,
     wkv7_pallas,
 )
 from jaxvram.kernels.attention import attention
@@ -29,6 +30,7 @@ from jaxvram.kernels.retention import log_gammas
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
 from jaxvram.kernels.wkv4 import wkv4
+from jaxvram.kernels.wkv6 import wkv6
 from jaxvram.kernels.wkv7 import wkv7
 from jaxvram.vram.cards import Card
 from jaxvram.vram.compile import compile_for
@@ -172,6 +174,29 @@ def wkv7_probe(what: str, B, T, H, N) -> Probe:
     return Probe(f"{what} {B}x{T}, {H} heads of {N}", fn, args, work)
 
 
+def wkv6_probe(what: str, B, T, H, N, *, constant=False) -> Probe:
+    """bf16. States and their gradients at the chunks' bounds go through memory in the backward pass; `constant`: decays."""
+    spec, bf16, f32 = jax.ShapeDtypeStruct, jnp.bfloat16, jnp.float32
+    channels, C = B * T * H * N, wkv6_pallas.GRADIENTS.rows
+    x, g, state, pairs = 2, 0 if constant else 4, 2 * N // C, 2 * C / N  # bytes a token and channel
+    levels, parts = C.bit_length() - 1, 0 if constant else 2  # products with masks that make an exponent
+    of = lambda tile, states, in_chunk, count: Work(
+        tile, channels * (states * 2 * N + in_chunk * 2 * C), int(channels * count)
+    )
+    work = {
+        "wkv6_pairs": of(wkv6_pallas.PAIRS, 0, 1 + levels * (1 + parts), 2 * x + g + pairs),
+        "wkv6_forward": of(wkv6_pallas.FORWARD, 2, 1 + 2 * parts, 4 * x + g + pairs),
+        "wkv6_states": of(wkv6_pallas.STATES, 2, 2 * parts, 4 * x + 2 * g + 2 * state),
+        "wkv6_gradients": of(
+            wkv6_pallas.GRADIENTS, 3, 3 + levels * (3 + 2 * parts) + 4 * parts, 7 * x + 2 * g + 2 * state
+        ),
+    }
+    decay = (H, N) if constant else (B, T, H, N)
+    args = (*(spec(shape, d) for shape, d in (((B, T, H, N), bf16), (decay, f32))), *[spec((B, T, H, N), bf16)] * 2)
+    fn = jax.value_and_grad(lambda *a: wkv6(*a)[0].astype(f32).sum(), tuple(range(5)))
+    return Probe(f"{what} {B}x{T}, {H} heads of {N}", fn, (*args, spec((H, N), f32)), work)
+
+
 def nf4_probe(what: str, N, F, D, *, backward=True) -> Probe:
     """bf16. Codes and decoded absmax are read by each block of rows; the rest, of few rows, is next to nothing."""
     rows = jax.ShapeDtypeStruct((N, D), jnp.bfloat16)
@@ -203,6 +228,8 @@ def probes() -> list[Probe]:
         scalar_decay_probe("Mamba-2 130M", 8, 2048, 1, 24, 64, 128),
         scalar_decay_probe("RetNet medium", 4, 2048, 4, 4, 432, 256, retention=True),
         wkv4_probe("RWKV-4 169M", 8, 1024, 768),
+        wkv6_probe("RWKV-6", 8, 1024, 12, 64),
+        wkv6_probe("RWKV-5, constant decay", 8, 1024, 12, 64, constant=True),
         wkv7_probe("RWKV-7 0.1B", 16, 512, 12, 64),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),

@@ -14,11 +14,15 @@ from jaxvram import convert
 from jaxvram.convert import rwkv
 from jaxvram.errors import UserError
 from jaxvram.models.rwkv4 import RWKV4Config
+from jaxvram.models.rwkv5 import RWKV5Config
+from jaxvram.models.rwkv6 import RWKV6Config
 from jaxvram.models.rwkv7 import RWKV7Config
 
 COMMON = {"vocab_size": 37, "vocab_multiple": 16, "n_layer": 2, "dtype": "float32"}
 MODELS = {
     "rwkv4": RWKV4Config(**COMMON, n_embd=8, d_ffn=12),
+    "rwkv5": RWKV5Config(**COMMON, n_embd=8, head_dim=4, d_ffn=12),
+    "rwkv6": RWKV6Config(**COMMON, n_embd=8, head_dim=4, d_ffn=12, d_mix=3, d_decay=5),
     "rwkv7": RWKV7Config(**COMMON, n_embd=64, d_ffn=12, d_decay=3, d_rate=4, d_value=2, d_gate=5),
 }
 each = pytest.mark.parametrize("name", MODELS)
@@ -81,7 +85,10 @@ def test_half_precision_becomes_param_dtype_but_vectors_stay_fp32(name, tmp_path
     in_bf16 = load(tmp_path / "model", dataclasses.replace(MODELS[name], param_dtype="bfloat16"))
     layer = in_bf16["layers"]
     assert layer["ffn"]["key"]["kernel"].dtype == layer["ln1"]["scale"].dtype == ml_dtypes.bfloat16
-    vectors = {"rwkv4": ("time_decay", "time_first", "time_mix_k"), "rwkv7": ("w0", "w1", "k_k", "x_r")}[name]
+    vectors = {
+        "rwkv4": ("time_decay", "time_first", "time_mix_k"), "rwkv5": ("time_decay", "time_faaaa", "time_mix_g"),
+        "rwkv6": ("time_decay", "time_faaaa", "time_maa_x", "time_maa_w1"), "rwkv7": ("w0", "w1", "k_k", "x_r"),
+    }[name]  # fmt: skip
     assert all(layer["att"][vector].dtype == np.float32 for vector in vectors)
 
 
@@ -89,8 +96,8 @@ def test_half_precision_becomes_param_dtype_but_vectors_stay_fp32(name, tmp_path
 def test_padding_is_not_exported(name, tmp_path):
     exported(MODELS[name], tmp_path / "model")
     tensors = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
-    rows = {"rwkv4": ("rwkv.embeddings.weight", "head.weight"), "rwkv7": ("model.embeddings.weight", "lm_head.weight")}
-    assert all(tensors[row].shape == (37, MODELS[name].n_embd) for row in rows[name])
+    rows = ("model.embeddings.weight", "lm_head.weight") if name == "rwkv7" else ("rwkv.embeddings.weight", "head.weight")
+    assert all(tensors[row].shape == (37, MODELS[name].n_embd) for row in rows)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 37
 
 
@@ -130,7 +137,7 @@ LAST = "blocks.1.ffn.value.weight"
     [
         ("rwkv4", lambda t: {k: t[k] for k in t if k != LAST}, f"lacks {LAST}"),
         ("rwkv4", lambda t: t | {LAST: t[LAST].T}, rf"{LAST} has shape \(12, 8\), and should have \(8, 12\)"),
-        ("rwkv4", lambda t: t | {"blocks.0.att.ln_x.weight": np.ones(8, np.float32)}, "has blocks.0.att.ln_x.weight, which"),
+        ("rwkv4", lambda t: t | {"blocks.0.att.ln_y.weight": np.ones(8, np.float32)}, "has blocks.0.att.ln_y.weight, which"),
         ("rwkv4", lambda t: {"a": np.ones(1, np.float32)}, "is no RWKV-4: it has no tensors for vocab_size, n_embd, d_ffn"),
         ("rwkv7", lambda t: {k: t[k] for k in t if k != "blocks.1.att.v1"}, "is no RWKV-7: it has no tensors for d_value"),
     ],

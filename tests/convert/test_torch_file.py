@@ -1,8 +1,9 @@
-"""Files of torch.save, read without executing what they say."""
+"""Files of torch.save, read without executing what they say, and written."""
 
 import collections
 import os
 import pickle
+import struct
 import zipfile
 
 import ml_dtypes
@@ -130,3 +131,55 @@ def test_only_a_dict_of_tensors_will_do(tmp_path):
     for content in ([1, 2], {"x": 1}):
         with pytest.raises(UserError, match="no dict of tensors"):
             torch_file.read(written(tmp_path / f"{os.urandom(4).hex()}.pth", content, {}))
+
+
+TENSORS = {
+    "matrix": NUMBERS.reshape(2, 3), "turned": NUMBERS.reshape(2, 3).T, "half": NUMBERS.astype(ml_dtypes.bfloat16),
+    "number": np.array(3.5, np.float32), "none": np.zeros((0, 3), np.float32), "whole": np.arange(3),
+    "\u00e9": np.ones((1, 1, 2), np.float16),
+}  # fmt: skip
+
+
+def test_what_is_written_is_read_again(tmp_path, monkeypatch):
+    """Also with the larger headers of files beyond 2 GB, and in the place of an earlier export."""
+    for limit in (zipfile.ZIP64_LIMIT, 8):
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        torch_file.write(tmp_path / "new" / "model.pth", TENSORS)
+        found = torch_file.read(tmp_path / "new" / "model.pth")
+        assert list(found) == list(TENSORS)
+        for name, x in TENSORS.items():
+            np.testing.assert_array_equal(found[name], x, strict=True)
+        raw = (tmp_path / "new" / "model.pth").read_bytes()
+        for entry in zipfile.ZipFile(tmp_path / "new" / "model.pth").infolist():
+            lengths = struct.unpack_from("<HH", raw, entry.header_offset + 26)  # of the name, and of what follows it
+            assert entry.compress_type == zipfile.ZIP_STORED and (entry.header_offset + 30 + sum(lengths)) % 64 == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_reads_what_is_written(tmp_path, mmap):
+    torch = pytest.importorskip("torch")
+    torch_file.write(tmp_path / "model.pth", TENSORS)
+    found = torch.load(tmp_path / "model.pth", weights_only=True, mmap=mmap)
+    assert list(found) == list(TENSORS)
+    for name, x in TENSORS.items():
+        assert found[name].is_contiguous() and str(found[name].dtype) == f"torch.{x.dtype}"
+        np.testing.assert_array_equal(found[name].float().numpy(), x.astype(np.float32), strict=True)
+        assert found[name].data_ptr() % 64 == 0
+
+
+def test_a_file_that_is_not_ours_is_kept(tmp_path):
+    path = written(tmp_path / "model.pth", {"x": tensor("FloatStorage", "0", 0, (6,), (1,), 6)}, {"0": NUMBERS})
+    before = path.read_bytes()
+    for there in (path, tmp_path):
+        with pytest.raises(UserError, match="is there and no export of jaxvram; give a new name"):
+            torch_file.write(there, TENSORS)
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="cannot write beside"):
+        torch_file.write(path / "model.pth", TENSORS)
+
+
+def test_a_large_number_is_pickled():
+    assert [pickle.loads(b"\x80\x02" + torch_file._int(n) + b".") for n in (0, 2**31 - 1, 2**31, 2**40, 255 << 32)] == [
+        0, 2**31 - 1, 2**31, 2**40, 255 << 32
+    ]  # fmt: skip

@@ -91,7 +91,7 @@ def _forward(cls, variant, w, tokens_T):
     matrices = ["key", "value", "receptance", *(["gate"] if variant != "5.0" else []), "output"]
     vectors = [f"time_mix_{name}" for name in ("kvr" if variant == "5.0" else "kvrg")]
     if variant == "6":
-        vectors = [*(f"time_maa_{name}" for name in "x w k v r g w1 w2".split()), "time_decay_w1", "time_decay_w2"]
+        vectors = [f"time_maa_{name}" for name in (*"xwkvrg", "w1", "w2")] + ["time_decay_w1", "time_decay_w2"]
     for i in range(L):
         get = lambda name, i=i: w[f"blocks.{i}.{name}"]
         decay = get("att.time_decay").reshape(H, -1, 1)

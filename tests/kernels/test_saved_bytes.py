@@ -8,6 +8,7 @@ from jaxvram.kernels.attention import attention
 from jaxvram.kernels.causal_conv import causal_conv
 from jaxvram.kernels.scalar_decay import scalar_decay
 from jaxvram.kernels.selective_scan import selective_scan
+from jaxvram.kernels.wkv6 import wkv6
 from jaxvram.models.retnet import RetNetConfig, places, retain
 from jaxvram.vram import cards
 from jaxvram.vram.compile import compile_for
@@ -17,6 +18,7 @@ H, G, P, M = 4, 1, 64, 128  # heads, groups, values a head and keys of the scala
 f32, bf16 = jnp.float32, jnp.bfloat16
 spec = jax.ShapeDtypeStruct
 CHANNELS, STATES = spec((B, T, E), bf16), spec((B, T, N), bf16)
+HEADS = spec((B, T, H, P), bf16)
 
 RETNET = RetNetConfig(n_embd=H * M, n_head=H, d_value=H * P)
 PLACES = places(RETNET, jnp.zeros((B, T), jnp.int32), None, None)
@@ -42,7 +44,17 @@ CASES = {  # op, arguments, bytes a token as the docstring has them
         (CHANNELS, spec((W, E), f32), spec((E,), f32)),
         E * 2,
     ),
-    "attention": (attention, (*[spec((B, T, H, P), bf16)] * 3,), H * (4 * 2 * P + 4)),
+    "wkv6": (
+        lambda r, g, k, v, u: wkv6(r, g, k, v, u)[0],
+        (HEADS, spec((B, T, H, P), f32), HEADS, HEADS, spec((H, P), f32)),
+        H * P * 10,
+    ),
+    "wkv6, constant decay": (
+        lambda r, g, k, v, u: wkv6(r, g, k, v, u)[0],
+        (HEADS, spec((H, P), f32), HEADS, HEADS, spec((H, P), f32)),
+        H * P * 6,
+    ),
+    "attention": (attention, (HEADS,) * 3, H * (4 * 2 * P + 4)),
 }
 
 

@@ -99,6 +99,23 @@ def test_cut_anywhere_and_carried_on_is_uncut(cuts):
     assert relative_error(np.concatenate(parts, axis=1), want) < 1e-5
 
 
+def test_gradients_flow_through_the_state():
+    """Cut and carried on, as `task.chunk_length` trains, every parameter has the gradient that it has uncut."""
+    model, params = model_and_params(CFG)
+
+    def loss(params, cuts):
+        state, total = model.apply({"params": params}, B, method="initial_state"), 0.0
+        for start, end in zip((0, *cuts), (*cuts, T), strict=True):
+            hidden, state = model.apply({"params": params}, tokens()[:, start:end], state)
+            total += jnp.sin(hidden).sum()
+        return total
+
+    got, want = (quick.jit(jax.grad(functools.partial(loss, cuts=cuts)))(params) for cuts in ((7, 8), ()))
+    assert got.pop("lm_head") and want.pop("lm_head")  # hidden states do not know it
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(g, w) < 1e-5
+
+
 def test_a_document_remembers_nothing_of_the_one_before():
     """With the token that begins documents: each as if it were alone, whole or cut."""
     model, params = model_and_params(dataclasses.replace(CFG, reset_token=28))

@@ -69,6 +69,16 @@ def test_the_package_itself_and_the_golden_file_is_of_it(version):
     parity.assert_golden_is_live(make_rwkv56, version, live)
 
 
+@needs_rwkv
+@every_version
+def test_the_package_reads_what_we_write(version, tmp_path):
+    cfg, tokens_T = CFGS[version], make_rwkv56.batch()["tokens"][0]
+    convert.converter(cfg).save_official(ours(version, make_rwkv56.weights(version)), cfg, tmp_path / "ours.pth")
+    theirs = make_rwkv56.package()(model=str(tmp_path / "ours"), strategy="cpu fp32", verbose=False)
+    logits_TxV, _ = theirs.forward(tokens_T.tolist(), None, full_output=True)
+    assert quick.relative_error(logits_TxV, golden(version)["logits"][0]) < parity.TOLERANCE
+
+
 @pytest.mark.parametrize(("version", "name"), [("5.0", "time_first"), ("6", "time_decay_w2")])
 def test_the_comparison_can_fail(version, name):
     """A reference that is off by a thousandth is seen."""

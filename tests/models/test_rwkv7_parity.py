@@ -60,20 +60,16 @@ numpy.savez(file + ".npz", logits=logits.numpy(), **{f"s{i}": x.numpy() for i, x
 """
 
 
-def official_weights():
-    """The golden file's weights by their official names and shapes, as a .pth has them."""
-    theirs, layout = make_rwkv7.weights("rwkv7"), rwkv7.layout_of(CFG)
-    params = rwkv.from_tensors(lambda name, _: theirs[name], CFG, layout, official=False)
-    return rwkv.to_tensors(params, CFG, layout, official=True)
+def params_of_golden_weights():
+    theirs = make_rwkv7.weights("rwkv7")
+    return rwkv.from_tensors(lambda name, _: theirs[name], CFG, rwkv7.layout_of(CFG), official=False)
 
 
 @needs_rwkv
 def test_the_rwkv_package_on_an_official_checkpoint(tmp_path):
-    """Logits and the state behind the last token, of weights that both sides read from one .pth."""
-    import torch
-
+    """Logits and the state behind the last token, of weights that both sides read from one .pth, which we have written."""
     file, tokens = tmp_path / "tiny", make_rwkv7.batch()["tokens"][0]
-    torch.save({name: torch.tensor(x) for name, x in official_weights().items()}, f"{file}.pth")
+    rwkv7.save_official(params_of_golden_weights(), CFG, f"{file}.pth")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", OFFICIAL, str(file), ",".join(map(str, tokens))]
     subprocess.run(command, check=True, env=env, capture_output=True)
