@@ -10,7 +10,7 @@
   169m         169 M   RTX 4070  19 hours         3.5 GiB       not known
   430m         430 M   RTX 4070  2 days           7.2 GiB       not known
   1.5b       1,515 M   RTX 4070  to fine-tune     6.8 GiB       not known
-  recall       0.1 M   2 cores   1 minute       0.1 GiB       30 % of held-out questions answered; rwkv7.py: 99.9 %
+  recall       0.1 M   2 cores   1 minute         0.1 GiB       30 % of held-out questions answered; rwkv7.py: 99.9 %
   tiny         6.6 M   2 cores   3 minutes        0.3 GiB       training loss from 9.5 (step 10) to 4.3 on Python's help text
 
 FineWeb's shards come in GPT-2's tokens, which fill 50,257 of the 50,277 rows that the Pile models have for GPT-NeoX's
