@@ -3,28 +3,31 @@
 A source of text has `vocab_size`, `tokenizer`, `sequence_length` (T), `example_size` (numbers), `description` (one line) and
 `batch(split, n, batch_size, rows=slice(None)) -> {"tokens": int32 (B, T), "targets": int32 (B, T)}`, where a target of
 -1 is not learnt, and only `rows` of the batch are made. Problems also have
-`problems(split, limit) -> (prompts (N, P), answers (N, A))`. Instructions also have `prompt_ids(message) -> int32 (P,)`,
-`until_end(ids) -> ids` (the answer among what a model went on with), and in a batch, where examples are packed, "segments":
-int32 (B, T), by which tokens of one example are told from those of another; 0 is padding.
+`problems(split, limit) -> (prompts (N, P), answers (N, A))`, which a model answers by generating, or, where a row asks many
+times, `exam(split, limit)`: a batch that is read at once, each target a question. Instructions also have
+`prompt_ids(message) -> int32 (P,)`, `until_end(ids) -> ids` (the answer among what a model went on with), and in a batch,
+where examples are packed, "segments": int32 (B, T), by which tokens of one example are told from those of another; 0 is
+padding.
 """
 
 import dataclasses
 
 from jaxvram.data.instructions import load_instructions
-from jaxvram.data.memory_problems import InductionHeads, SelectiveCopying
+from jaxvram.data.memory_problems import AssociativeRecall, InductionHeads, SelectiveCopying
 from jaxvram.data.order import ORDERS
 from jaxvram.data.problems import AdderProblems, SortProblems
 from jaxvram.data.text import load_text
 from jaxvram.errors import UserError, nearest
 
-NAMES = ("text", "instructions", "sort", "adder", "copying", "induction")
+NAMES = ("text", "instructions", "sort", "adder", "copying", "induction", "recall")
 DATASETS = ("shakespeare", "fineweb", "offline")
 TOKENIZERS = ("char", "gpt2", "neox", "world", "file")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = "text"  # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two)
+    # text | instructions | sort | adder (minGPT's two problems) | copying | induction (Mamba's two) | recall (Zoology's)
+    name: str = "text"
     dataset: str = "shakespeare"  # shakespeare | fineweb (llm.c shards) | offline (of every Python: text, instructions)
     path: str | None = None  # instead: text, folder of texts, nanoGPT's folder, llm.c's shards, binidx pair; JSON
     tokenizer: str = "char"  # char | gpt2 | neox (GPT-NeoX's: Mamba, Pythia) | world (RWKV's) | file (vocab_path's)
@@ -42,10 +45,10 @@ class DataConfig:
     system: str = ""  # instructions: the system prompt of conversations that have none; empty: none
     loss_on: str = "responses"  # instructions: responses | all (prompts are learnt too)
     pack: bool = True  # instructions: several examples a row, of which none sees another; False: one, padded
-    length: int = 6  # sort: digits in a question; copying, induction: tokens
-    exam_length: int = 0  # copying, induction: of the problems that are scored; 0: the same
-    symbols: int = 16  # copying, induction: kinds of token to remember
-    remembered: int = 16  # copying: tokens to tell again
+    length: int = 6  # sort: digits in a question; copying, induction, recall: tokens
+    exam_length: int = 0  # copying, induction, recall: of the problems that are scored; 0: the same
+    symbols: int = 16  # copying, induction: kinds of token to remember; recall: keys, and as many values
+    remembered: int = 16  # copying: tokens to tell again; recall: pairs
     digits: int = 3  # sort: digits there are
     ndigit: int = 2  # adder: digits of each number
 
@@ -78,6 +81,7 @@ def load(cfg: DataConfig, block_size: int, seed: int):
         "adder": lambda: AdderProblems(cfg.ndigit, cfg.order, seed),
         "copying": lambda: SelectiveCopying(cfg.length, cfg.exam_length, cfg.symbols, cfg.remembered, seed),
         "induction": lambda: InductionHeads(cfg.length, cfg.exam_length, cfg.symbols, seed),
+        "recall": lambda: AssociativeRecall(cfg.length, cfg.exam_length, cfg.symbols, cfg.remembered, seed),
     }[cfg.name]()
     if block_size != source.sequence_length:
         raise UserError(

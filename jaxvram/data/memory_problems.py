@@ -1,6 +1,8 @@
-"""Two problems that ask for memory chosen by content (Gu & Dao 2023, arXiv:2312.00752, section 4.1), made on the fly.
+"""Problems that ask for memory chosen by content, made on the fly.
 
-Targets are -1 but for the answer. The `length` that is trained on need not be that of the exam: a recurrent model reads on.
+Selective copying and induction are Mamba's two (Gu & Dao 2023, arXiv:2312.00752, section 4.1), associative recall is that of
+Arora et al. 2023 (arXiv:2312.04927). Targets are -1 but for the answers. The `length` that is trained on need not be that of
+the exam: a recurrent model reads on.
 """
 
 import numpy as np
@@ -11,6 +13,8 @@ from jaxvram.data.tokenizers import CharTokenizer
 from jaxvram.errors import UserError
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Latin, Greek and Russian letters, each of which has one capital
+SMALL = "".join(map(chr, (*range(0x61, 0x7B), *range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA), *range(0x430, 0x450))))
 
 
 class _MemoryProblems:
@@ -81,3 +85,54 @@ class InductionHeads(_MemoryProblems):
         np.put_along_axis(question_NxP, place_Nx1, self.vocab, axis=1)
         question_NxP[:, -1] = self.vocab
         return question_NxP, np.take_along_axis(question_NxP, place_Nx1 + 1, axis=1)
+
+
+class AssociativeRecall:
+    """Multi-query associative recall: pairs of a key and a value are told, then each key comes again: what is its value?
+
+    A row of `length` + 1 tokens: `pairs` different keys, each with a value drawn freely; then the same keys in another
+    order, their values behind them, and blanks between one pair and the next wherever there is room. The paper spreads its
+    queries by a power law and fills with random tokens; here all places are as likely. An exam (`exam`) is read at once,
+    with its answers, and each of its targets is a question.
+    """
+
+    def __init__(self, length: int, exam_length: int, symbols: int, pairs: int, seed: int):
+        self.length, self.exam_length, self.pairs, self.seed = length, exam_length or length, pairs, seed
+        if not 2 <= symbols <= len(SMALL):
+            raise UserError(f"data.symbols={symbols} must lie in 2..{len(SMALL)} for the recall problem")
+        if not 1 <= pairs <= min(symbols, (min(length, self.exam_length) + 1) // 4):
+            raise UserError(
+                f"data.remembered={pairs} pairs need as many keys (data.symbols={symbols}) and 4 tokens each, less one "
+                f"(data.length={length}, data.exam_length={exam_length})"
+            )
+        self.symbols = symbols
+        self.tokenizer = CharTokenizer(SMALL[:symbols] + SMALL[:symbols].upper() + ".", "recall")
+        self.vocab_size = 2 * symbols + 1
+        self.sequence_length = self.example_size = length
+        self.description = f"recalling the values of {pairs} of {symbols} keys, in rows of {length} tokens"
+
+    def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        tokens, targets = self._rows(generator(self.seed, split, n), batch_size, self.length)
+        return {"tokens": tokens[rows], "targets": targets[rows]}
+
+    def exam(self, split: str, limit: int) -> dict[str, np.ndarray]:
+        """A batch of `limit` rows of exam_length, of which each target is a question."""
+        tokens, targets = self._rows(generator(self.seed, split, EXAM), limit, self.exam_length)
+        return {"tokens": tokens, "targets": targets}
+
+    def _rows(self, rng, count: int, length: int):
+        P, blanks = self.pairs, length + 1 - 4 * self.pairs
+        key_NxP = rng.random((count, self.symbols)).argsort(axis=1)[:, :P]
+        value_NxP = self.symbols + rng.integers(self.symbols, size=(count, P))
+        told_NxPx2 = np.stack([key_NxP, value_NxP], axis=-1)
+        asked_NxPx2 = np.take_along_axis(told_NxPx2, rng.random((count, P)).argsort(axis=1)[..., None], axis=1)
+        # a question takes two places, so its key stands one further for each question before it
+        drawn_NxP = np.sort(rng.random((count, blanks + P)).argsort(axis=1)[:, :P])
+        place_NxP = 2 * P + drawn_NxP + np.arange(P)
+        row_NxL = np.full((count, length + 1), 2 * self.symbols, np.int32)
+        row_NxL[:, : 2 * P] = told_NxPx2.reshape(count, 2 * P)
+        np.put_along_axis(row_NxL, place_NxP, asked_NxPx2[..., 0].astype(np.int32), axis=1)
+        np.put_along_axis(row_NxL, place_NxP + 1, asked_NxPx2[..., 1].astype(np.int32), axis=1)
+        targets_NxT = np.full((count, length), -1, np.int32)
+        np.put_along_axis(targets_NxT, place_NxP, asked_NxPx2[..., 1].astype(np.int32), axis=1)
+        return row_NxL[:, :-1].copy(), targets_NxT

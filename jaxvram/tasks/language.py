@@ -1,6 +1,7 @@
 """Language modelling: the next token, as loss, as batch layout, as samples to show and as exact answers."""
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 from collections.abc import Callable
@@ -151,7 +152,7 @@ class LanguageTask:
 
     def check_samples(self) -> None:
         """Raises the UserError that `show` would meet only after the first hundreds of steps."""
-        if not self._has_problems:
+        if not self._has_problems and not self._has_exam:
             self._prompt_ids(self.sample.prompt)
 
     def _prompt_ids(self, prompt: str) -> np.ndarray:
@@ -190,18 +191,24 @@ class LanguageTask:
 
     def show(self, params) -> Samples:
         """What a reader sees during training: continuations, or problems with the model's answers."""
+        if self._has_exam:
+            return Samples.of_texts(self._filled_in(params))
         return Samples.of_texts(self._answered(params) if self._has_problems else self.continue_prompt(params))
 
     def show_on_request(self, params) -> Samples:
         """Continuations of the prompt that the recipe or a file gives; without one, as during training."""
         prompt = _prompt_of(self.sample)
-        if prompt is None and self._has_problems:
+        if prompt is None and (self._has_problems or self._has_exam):
             return self.show(params)
         return Samples.of_texts(self.continue_prompt(params, prompt))
 
     @property
     def _has_problems(self) -> bool:
         return hasattr(self.source, "problems")
+
+    @property
+    def _has_exam(self) -> bool:
+        return hasattr(self.source, "exam")
 
     @property
     def _has_turns(self) -> bool:
@@ -213,12 +220,46 @@ class LanguageTask:
         verdict = lambda want, got: "right" if (want == got).all() else f"wrong, it is {text(want)}"
         return [f"{text(p)} -> {text(s)}  ({verdict(a, s)})" for p, a, s in zip(prompts, answers, said, strict=True)]
 
+    def _filled_in(self, params) -> list[str]:
+        """Rows of an exam as they were read, and what the model said at each question."""
+        tokens, targets, said = self._read(params, self.sample.num_samples)
+        text = self.source.tokenizer.decode
+        shown = []
+        for row, wanted, got in zip(tokens, targets, said, strict=True):
+            asked = wanted >= 0
+            verdicts = [f"{text(k)}{text(s)}" + ("" if s == w else f" (not {text(w)})")
+                        for k, w, s in zip(row[asked], wanted[asked], got[asked], strict=True)]  # fmt: skip
+            shown.append(f"{text(row)} -> {', '.join(verdicts)}")
+        return shown
+
     def scores(self, params) -> dict[str, float]:
-        """Share of held-out problems answered without a mistake; empty for plain text."""
-        if not self._has_problems or self.cfg.score_problems == 0:
-            return {}
-        _, answers_NxA, said_NxA = self._answers(params, self.cfg.score_problems)
-        return {"exact_match": float((answers_NxA == said_NxA).all(-1).mean())}
+        """Share of held-out problems answered without a mistake, or of an exam's single questions; empty for plain text."""
+        limit = self.cfg.score_problems
+        if limit and self._has_exam:
+            _, targets_NxT, said_NxT = self._read(params, limit)
+            return {"accuracy": float((said_NxT == targets_NxT)[targets_NxT >= 0].mean())}
+        if limit and self._has_problems:
+            _, answers_NxA, said_NxA = self._answers(params, limit)
+            return {"exact_match": float((answers_NxA == said_NxA).all(-1).mean())}
+        return {}
+
+    def _read(self, params, limit: int):
+        batch = self.source.exam("val", limit)
+        return batch["tokens"], batch["targets"], np.asarray(self._likeliest(params, batch["tokens"]))
+
+    @functools.cached_property
+    def _likeliest(self):
+        """`(params, tokens_NxT) -> (N, T)`: at each token the one that is most likely to follow."""
+        model, vocab_size = self.model, self.source.vocab_size
+
+        @jax.jit
+        def likeliest(params, tokens_NxT):
+            hidden_NxTxD, _ = model.apply({"params": params}, tokens_NxT)
+            head_VxD = model.apply({"params": params}, method="head_VxD")[:vocab_size].astype(hidden_NxTxD.dtype)
+            logits_NxTxV = jnp.einsum("ntd,vd->ntv", hidden_NxTxD, head_VxD, preferred_element_type=jnp.float32)
+            return logits_NxTxV.argmax(-1)
+
+        return likeliest
 
     def _answers(self, params, limit: int):
         prompts_NxP, answers_NxA = self.source.problems("val", limit)
@@ -232,6 +273,9 @@ class LanguageTask:
         """(function, arguments): continuations as config.sample asks, or as many answers as an evaluation scores."""
         cfg, vocab_size = self.sample, self.source.vocab_size if self.source else self.model.cfg.vocab_size
         options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+        if self._has_exam:
+            tokens_NxT = self.source.exam("val", max(self.cfg.score_problems, cfg.num_samples))["tokens"]
+            return self._likeliest, (params, jax.ShapeDtypeStruct(tokens_NxT.shape, jnp.int32))
         if self._has_problems:
             prompts_NxP, answers_NxA = self.source.problems("val", max(self.cfg.score_problems, cfg.num_samples))
             shape, new_tokens, options = prompts_NxP.shape, answers_NxA.shape[1], {"temperature": 0}

@@ -1,4 +1,6 @@
-"""Selective copying and induction: what is asked, what is the answer, and that exams may be longer than lessons."""
+"""Selective copying, induction and recall: what is asked, what is the answer, and that exams may be longer than lessons."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -34,6 +36,53 @@ def test_induction():
     assert (targets[:, -1] == tokens[np.arange(300), first + 1]).all() and (targets[:, -1] < 5).all()
 
 
+def pairs_of(row, symbols):
+    """Every (key, value) that stands in a row."""
+    return [(int(k), int(v)) for k, v in itertools.pairwise(row) if k < symbols <= v < 2 * symbols]
+
+
+def test_recall():
+    problems = source("recall", 24, length=24, symbols=7, remembered=4)
+    batch = problems.batch("train", 0, 300)
+    tokens, targets = batch["tokens"], batch["targets"]
+    assert tokens.shape == targets.shape == (300, 24) and problems.vocab_size == 15
+    assert (tokens[:, :8:2] < 7).all() and (targets[:, :8] == -1).all() and ((targets >= 0).sum(1) == 4).all()
+    orders = set()
+    for row, wanted in zip(tokens, targets, strict=True):
+        told = dict(pairs_of(row[:8], 7))
+        asked = np.nonzero(wanted >= 0)[0]
+        assert len(told) == 4 and {int(row[t]) for t in asked} == set(told), "each key is asked for once"
+        assert all(wanted[t] == told[int(row[t])] for t in asked)
+        assert all(row[t + 1] == wanted[t] for t in asked if t < 23), "what follows a key is its value"
+        rest = np.delete(np.arange(8, 24), [t - 8 for t in (*asked, *asked + 1) if t < 24])
+        assert (row[rest] == 14).all()
+        orders.add(tuple(list(told).index(int(row[t])) for t in asked))
+    assert len(orders) == 24 and set(np.nonzero(targets >= 0)[1]) == set(range(8, 24)), "every order, every place"
+    assert set(targets[targets >= 0]) == set(range(7, 14))
+    assert problems.tokenizer.decode([0, 7, 14]) == "aA."
+
+
+def test_recall_back_to_back():
+    problems = source("recall", 15, length=15, symbols=9, remembered=4)
+    batch = problems.batch("train", 0, 5)
+    assert (batch["targets"][:, 8::2] >= 9).all() and (batch["targets"][:, 9::2] == -1).all()
+    assert (batch["tokens"] < 18).all()
+
+
+def test_exam_of_recall():
+    problems = source("recall", 24, length=24, exam_length=60, symbols=7, remembered=4)
+    exam, again, of_training = problems.exam("val", 30), problems.exam("val", 30), problems.exam("train", 30)
+    assert exam["tokens"].shape == exam["targets"].shape == (30, 60)
+    assert (exam["tokens"] == again["tokens"]).all() and (exam["targets"] == again["targets"]).all()
+    rows = lambda batch: {bytes(row) for row in batch["tokens"]}
+    assert not rows(exam) & rows(of_training)
+    short = source("recall", 24, length=24, symbols=7, remembered=4)
+    assert not rows(short.batch("val", 0, 200)) & rows(short.batch("train", 0, 200))
+    other_seed = load(DataConfig(name="recall", length=24, symbols=7, remembered=4), 24, seed=2)
+    assert (other_seed.exam("val", 9)["tokens"] == short.exam("val", 9)["tokens"]).all(), "one exam for all seeds"
+    assert (other_seed.batch("train", 0, 9)["tokens"] != short.batch("train", 0, 9)["tokens"]).any()
+
+
 @pytest.mark.parametrize(("name", "block_size"), [("copying", 20 + 4), ("induction", 20)])
 def test_exams(name, block_size):
     problems = source(name, block_size, length=20, exam_length=50, symbols=5, remembered=4)
@@ -45,7 +94,7 @@ def test_exams(name, block_size):
     assert problems.tokenizer.decode(questions[0][-1:]) == ">"
 
 
-@pytest.mark.parametrize(("name", "block_size"), [("copying", 20 + 4), ("induction", 20)])
+@pytest.mark.parametrize(("name", "block_size"), [("copying", 20 + 4), ("induction", 20), ("recall", 20)])
 def test_a_batch_is_a_function_of_n_and_rows(name, block_size):
     fields = {"length": 20, "symbols": 5, "remembered": 4}
     whole = source(name, block_size, **fields).batch("train", 3, 64)
@@ -59,6 +108,9 @@ def test_a_batch_is_a_function_of_n_and_rows(name, block_size):
     ("copying", {"symbols": 1}, "data.symbols=1 must lie in 2..52"),
     ("induction", {"length": 3}, "data.length=3 must be at least 4"),
     ("induction", {"exam_length": 2}, "must be at least 4"),
+    ("recall", {"symbols": 1}, "data.symbols=1 must lie in 2"),
+    ("recall", {"remembered": 6, "symbols": 30}, r"data.remembered=6 pairs need .* 4 tokens each"),
+    ("recall", {"remembered": 5, "symbols": 4}, r"data.remembered=5 pairs need as many keys"),
     ("induction", {"order": "shuffled"}, "the induction problem draws them"),
 ])  # fmt: skip
 def test_impossible_settings(name, fields, message):

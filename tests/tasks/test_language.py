@@ -1,4 +1,6 @@
-"""The language task: what it continues when it is asked to."""
+"""The language task: what it continues when it is asked to, and how an exam is marked."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,9 @@ import pytest
 import quick
 
 from jaxvram import models
+from jaxvram.data import DataConfig, load
 from jaxvram.errors import UserError
-from jaxvram.models.gpt2 import GPT2Config
+from jaxvram.models.gpt2 import GPT2, GPT2Config
 from jaxvram.sample.text import SampleConfig
 from jaxvram.tasks.language import LanguageConfig, LanguageTask, _prompt_of
 
@@ -46,3 +49,57 @@ def test_a_prompt_comes_from_the_recipe_or_from_a_file(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         _prompt_of(SampleConfig(prompt_file=str(file)))
+
+
+class Looking:
+    """Not a model: after a token it names what followed that token where it stood last, or always the same one."""
+
+    def __init__(self, vocab_size: int, block_size: int, always: int | None = None):
+        self.cfg = types.SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
+        self.always = always
+
+    def apply(self, variables, tokens_BxT=None, method=None):
+        V = self.cfg.vocab_size
+        if method == "head_VxD":
+            return jnp.eye(V + 3)[:, :V].at[V:].set(9)  # rows of padding, which would win if they were looked at
+        B, T = tokens_BxT.shape
+        same_BxTxT = (tokens_BxT[:, :, None] == tokens_BxT[:, None]) & jnp.tri(T, k=-1, dtype=bool)
+        last_BxT = jnp.where(same_BxTxT, jnp.arange(T), -1).max(-1)
+        said_BxT = jnp.take_along_axis(tokens_BxT, jnp.minimum(last_BxT + 1, T - 1), 1)
+        if self.always is not None:
+            said_BxT = jnp.full((B, T), self.always)
+        return jax.nn.one_hot(said_BxT, V), None
+
+
+def exam_task(problems: int, always=None, **sample):
+    data = DataConfig(name="recall", length=24, symbols=6, remembered=5)
+    source = load(data, 24, 0)
+    return LanguageTask(
+        Looking(source.vocab_size, 24, always), source, LanguageConfig(score_problems=problems), SampleConfig(**sample), data
+    )
+
+
+def test_an_exam_is_marked_question_by_question():
+    assert exam_task(200).scores({}) == {"accuracy": 1.0}
+    constant = exam_task(2000, always=8).scores({})["accuracy"]
+    assert constant == pytest.approx(1 / 6, abs=0.02), "of 10,000 answers, one in six is that value"
+    assert exam_task(50, always=12).scores({}) == {"accuracy": 0.0}, "a blank is no answer"
+    assert exam_task(0).scores({}) == {}
+
+
+def test_an_exam_is_shown_with_what_was_said():
+    perfect, constant = (exam_task(9, always, num_samples=2) for always in (None, 8))
+    perfect.check_samples()  # no prompt is read
+    rows = perfect.show({}).text.splitlines()[::2]
+    asked = [row.split(" -> ")[1].split(", ") for row in rows]
+    assert all(len(said) == 5 and all(pair in row for pair in said) for row, said in zip(rows, asked, strict=True))
+    said = constant.show_on_request({}).text.split(" -> ")[1].split("\n")[0].split(", ")
+    assert len(said) == 5 and all(s[1] == "C" for s in said) and any("(not " in s for s in said)
+
+
+def test_an_exam_is_what_a_plan_compiles_for_sampling():
+    data = DataConfig(name="recall", length=24, symbols=6, remembered=5)
+    cfg = GPT2Config(vocab_size=13, vocab_multiple=8, block_size=24, n_layer=1, n_head=1, n_embd=8, dtype="float32")
+    task = LanguageTask(GPT2(cfg), load(data, 24, 0), LanguageConfig(score_problems=20), SampleConfig(num_samples=2), data)
+    function, arguments = task.sampling(jax.eval_shape(task.init, jax.random.key(0)))
+    assert arguments[1].shape == jax.eval_shape(function, *arguments).shape == (20, 24)
