@@ -101,7 +101,7 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
         peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
         print(f"what step {step} of {workdir} added, as a folder of peft's: {options.out}")
         return 0
-    if recipe.finetune.method != "none":
+    if recipe.finetune.adds:
         params = merged(task.model, params)
     converter(recipe.model).save(params, task.model.cfg, options.out)
     _add_companions(recipe.train.init_from, options.out)
@@ -201,7 +201,7 @@ def load_frozen(recipe, task):
 
 def _read_base(recipe, task):
     source, cfg, path = converter(recipe.model), task.model.cfg, locate(recipe.train.init_from)
-    if recipe.finetune.method == "none":
+    if not recipe.finetune.adds:
         return source.load_params(path, cfg)
     if hasattr(source, "tensors"):
         return base_parameters(task.model, source.tensors(path, cfg))

@@ -91,7 +91,7 @@ def tensors(folder_or_file, cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...],
     source = _open(folder_or_file)
     is_gguf = isinstance(source, GGUFFile)
     tied = _check_gguf(source, cfg) if is_gguf else _check_folder(source, cfg)
-    parameters = parameters(cfg)
+    parameters = all_parameters(cfg)
     if tied and not cfg.tie_head:  # the head starts as a copy of the table
         table = parameters[0]
         parameters[-1] = parameters[-1]._replace(hf=table.hf, gguf=table.gguf)
@@ -115,7 +115,7 @@ def save(params, cfg: LlamaConfig, folder) -> None:
     """
     params = jax.tree.map(np.asarray, params)
     theirs = {}
-    for p in parameters(cfg):
+    for p in all_parameters(cfg):
         array = params
         for name in p.ours:
             array = array[name]
@@ -124,7 +124,7 @@ def save(params, cfg: LlamaConfig, folder) -> None:
     write_folder(folder, _config_json(cfg), theirs)
 
 
-def parameters(cfg: LlamaConfig) -> list[Parameter]:
+def all_parameters(cfg: LlamaConfig) -> list[Parameter]:
     """Every parameter: the table first, a head of its own last."""
     D, F, V, HK, GK = cfg.n_embd, cfg.n_inner, cfg.vocab_size, cfg.n_head * cfg.key_size, cfg.n_kv_head * cfg.key_size
     found = [Parameter(("embed_tokens", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (V, D))]

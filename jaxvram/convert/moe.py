@@ -1,8 +1,8 @@
 """Mixtral's weights from and to a Hugging Face folder; and a dense Llama's, which become those of every expert.
 
-Two layouts are read, that of published files (block_sparse_moe.experts.E.w1, w3, w2 [out, in]) and transformers 5's in memory
-(mlp.experts.gate_up_proj and down_proj, experts stacked, gate above up); the first is written. Attention, norms, table and
-head are Llama's (convert/llama.py).
+Two layouts are read, that of published files (block_sparse_moe.experts.E.w1, w3, w2 [out, in]) and that of transformers 5 in
+memory (mlp.experts.gate_up_proj and down_proj, experts stacked, gate above up); the first is written. Attention, norms,
+table and head are Llama's (convert/llama.py).
 
 From a dense Llama (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055) everything comes but the routers: those are
 left out of what `load_params` returns, and begin as the seed has them. With weights that add up to 1 the model is at first
@@ -134,7 +134,8 @@ def _is_mixture(folder_or_file) -> bool:
 def _of_every_expert(folder_or_file, cfg: MoEConfig):
     """A Llama's tensors, its feed-forward layer as each expert."""
     if cfg.sandwich_norm or cfg.n_shared_expert:
-        raise UserError(f"{folder_or_file} is a dense Llama: model.sandwich_norm and n_shared_expert need weights that it lacks")
+        lacking = "sandwich_norm" if cfg.sandwich_norm else "n_shared_expert"
+        raise UserError(f"{folder_or_file} is a dense Llama, which has no weights for model.{lacking}")
     for path, layer, array in llama.tensors(folder_or_file, dense_config(cfg)):
         if path[:2] == ("layers", "mlp"):
             path, array = (*EXPERTS, *path[2:]), np.broadcast_to(array, (cfg.n_expert, *array.shape))
@@ -143,7 +144,7 @@ def _of_every_expert(folder_or_file, cfg: MoEConfig):
 
 def _rest(cfg: MoEConfig) -> list[llama.Parameter]:
     """All but experts and routers; the table first, a head of its own last."""
-    return [p for p in llama.parameters(cfg) if p.ours[:2] != ("layers", "mlp")]
+    return [p for p in llama.all_parameters(cfg) if p.ours[:2] != ("layers", "mlp")]
 
 
 def _prefix(fused: bool) -> str:

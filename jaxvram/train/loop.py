@@ -170,7 +170,7 @@ class Loop:
         logs = step % self.recipe.train.log_every == 0 or self._evaluates(step)
         if not logs and not self._due(step):
             return False
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}  # numbers, or lists of them
         streak = values.pop("skipped_in_a_row")
         rate = self.progress.update(step, values)
         if logs:
