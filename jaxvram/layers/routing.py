@@ -47,16 +47,17 @@ def route(logits_NxE, k: int, rule: str, renormalise: bool, offset_E=None, train
 def sinkhorn(logits_NxE, iterations: int = 3, tolerance: float = 1e-4):
     """d0_n exp(z_ne) d1_e with column sums 1/E and row sums near 1/N: at most three rounds, as GPT-NeoX has it.
 
-    Its exponentials overflow for large logits; here the largest is taken off first, which changes no d0 c d1.
+    Its exponentials overflow for large logits; here the largest is taken off first, which changes no d0 c d1. It stops when
+    d1, which has the scale of 1 / c, hardly moves: after the first round already if logits are large.
     """
-    N, E = logits_NxE.shape
-    c_NxE = jnp.exp(logits_NxE - logits_NxE.max())
-    d1_E = 1 / (E * c_NxE.sum(0))
+    (N, E), largest = logits_NxE.shape, logits_NxE.max()
+    c_NxE = jnp.exp(logits_NxE - largest)
+    d1_E = 1 / (E * (c_NxE.sum(0) + 1e-20))
     d0_N, done = jnp.ones(N), jnp.bool_(False)
     for _ in range(iterations):
         next_d0_N = 1 / (N * ((d1_E * c_NxE).sum(1) + 1e-8))
         next_d1_E = 1 / (E * ((next_d0_N[:, None] * c_NxE).sum(0) + 1e-8))
-        still = jnp.abs(d1_E - next_d1_E).mean() < tolerance
+        still = jnp.abs(d1_E - next_d1_E).mean() * jnp.exp(-largest) < tolerance
         d0_N, d1_E = jnp.where(done, d0_N, next_d0_N), jnp.where(done, d1_E, next_d1_E)
         done |= still
     return d1_E * c_NxE * d0_N[:, None]

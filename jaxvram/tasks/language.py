@@ -162,8 +162,9 @@ class LanguageTask:
         return nats, jax.tree.map(lambda x: x.mean(0), told)
 
     def evaluation(self, params, batch, key):
-        """The loss alone; nothing is drawn."""
-        return {"loss": self._sums(params, batch, None)[:2]}
+        """The next token's loss, and the routers' loads where there are any; nothing is drawn."""
+        nats, weight, told_L = self._sums(params, batch, None)
+        return {"loss": (nats, weight)} | ({"router_load": (weight * told_L["load_E"], weight)} if told_L else {})
 
     def check_samples(self) -> None:
         """Raises the UserError that `show` would meet only after the first hundreds of steps."""

@@ -217,7 +217,8 @@ class Loop:
         samples = self.task.show(params)
         if self.writes:
             write_samples(self.workdir, f"step_{step:06d}", samples.files)
-        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if not name.startswith("loss_"))
+        said = {name: x for name, x in values.items() if isinstance(x, float) and not name.startswith("loss_")}
+        words = ", ".join(f"{name} {x:.4f}" for name, x in said.items())
         self.progress.note(f"step {step}: validation {words}{' (best so far)' if improved else ''}")
         return improved
 
