@@ -15,10 +15,10 @@ from jaxvram.models.moe import GROK, MoEConfig
 from jaxvram.sample.text import SampleConfig
 from jaxvram.train.checkpoint import CheckpointConfig
 from jaxvram.train.evaluate import EvalConfig
-from jaxvram.train.optimizer import OptimizerConfig
+from jaxvram.train.optimizer import MATRICES_DECAY, OptimizerConfig, ParamGroup
 from jaxvram.train.step import TrainConfig
 
-VARIANTS = ("8x124m", "tiny")  # `auto` is the first where there is a GPU, else the last
+VARIANTS = ("8x124m", "lossfree", "tiny")  # `auto` is the first where there is a GPU, else the last
 
 
 def get_config(variant="auto"):
@@ -52,6 +52,10 @@ def get_config(variant="auto"):
         checkpoint=CheckpointConfig(best=True),
         sample=SampleConfig(prompt="The", max_new_tokens=200, num_samples=2),
     )
+    if variant == "lossfree":  # Wang et al. 2024: offsets of the choice instead of a loss
+        c.model.update(balance_loss=0.0, balance_offsets=True)
+        with c.optimizer.unlocked():
+            c.optimizer.groups = {**MATRICES_DECAY, "offsets": ParamGroup(r".*expert_offset", sign_rate=0.001)}
     if variant == "tiny":  # characters: of GPT-2's tokens every third is a blank here, and all blanks go one way
         c.model.update(vocab_size=0, vocab_multiple=1, block_size=128, n_layer=3, n_embd=64, n_inner=96, n_head=4, n_kv_head=2)
         c.model.update(remat="none", dtype="float32", unroll_layers=True)

@@ -149,6 +149,19 @@ def _prepare_latents(options) -> int:
     return 0
 
 
+def build(options) -> int:
+    """Dense models as the experts of one, by a file that says which (jaxvram/upcycle.py)."""
+    from jaxvram.upcycle import build_mixture
+
+    if not options.input or not options.out:
+        raise UserError("--mode=build needs --input=EXPERTS.toml and --out=DIR")
+    for line in build_mixture(options.input, options.out):
+        print(line)
+    train = f"--config=configs/mixtral_upcycle.py --config.train.init_from={options.out}"
+    print(f"a mixture in {options.out}; train its routers with {train}")
+    return 0
+
+
 def kernels(options) -> int:
     """The table of our kernels on a card."""
     from jaxvram.vram import kernel_table

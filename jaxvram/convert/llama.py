@@ -180,8 +180,25 @@ def _open(folder_or_file):
     return HuggingFaceFolder(path, "llama")
 
 
+def config_of(folder) -> LlamaConfig:
+    """The configuration that a Hugging Face folder's config.json means.
+
+    Raises:
+      UserError: there is none, or it is of another model.
+    """
+    fields, tied = _fields_of(HuggingFaceFolder(folder, "llama"))
+    return LlamaConfig(**fields, tie_head=tied)
+
+
 def _check_folder(source: HuggingFaceFolder, cfg: LlamaConfig) -> bool:
     """Raises a UserError where config.json is not of `cfg`; True where the head is the table."""
+    fields, tied = _fields_of(source)
+    _check_fields(source, fields, cfg, tied)
+    return tied
+
+
+def _fields_of(source: HuggingFaceFolder) -> tuple[dict, bool]:
+    """(what config.json says, in our names; is the head the table)."""
     theirs = DEFAULTS | source.config
     if theirs.get("num_key_value_heads") is None:
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
@@ -201,9 +218,7 @@ def _check_folder(source: HuggingFaceFolder, cfg: LlamaConfig) -> bool:
         if type(value) not in (int, float) or value <= 0:
             raise UserError(f"{source.path / CONFIG} is damaged: {SCALING_OF.get(name, name)}={value!r}")
     as_ours = {name: value if name == "rope_original_context" else float(value) for name, value in numbers.items()}
-    tied = bool(theirs["tie_word_embeddings"])
-    _check_fields(source, wanted | as_ours, cfg, tied)
-    return tied
+    return wanted | as_ours, bool(theirs["tie_word_embeddings"])
 
 
 def _check_gguf(source: GGUFFile, cfg: LlamaConfig) -> bool:

@@ -118,6 +118,48 @@ def save(params, cfg: MoEConfig, folder) -> None:
     write_folder(folder, _config_json(cfg), theirs)
 
 
+def build_folder(base, experts: list, gates_LxExD, experts_per_token: int, folder) -> None:
+    """A Mixtral's folder of Llamas': attention, norms, table and head of `base`, each feed-forward layer of `experts`.
+
+    Args:
+      base, experts: folders in Hugging Face's layout; tensors are taken as they lie there.
+      gates_LxExD: the routers, whose logit for expert e is gate_e . u.
+      experts_per_token: k.
+    Raises:
+      UserError: a folder is no Llama's, or an expert's tensors have not the shapes of the base's; the message names them.
+    """
+    cfg, source = llama.config_of(base), HuggingFaceFolder(base, "llama")
+    sources = [HuggingFaceFolder(expert, "llama") for expert in experts]
+    matrix = lambda i, name: f"model.layers.{i}.mlp.{name}.weight"
+    matrices = [matrix(i, name) for i in range(cfg.n_layer) for name in THEIRS]
+    for expert in sources:
+        _check_expert(source, expert, matrices)
+    biased = [name for name in ("attention_bias", "mlp_bias") if getattr(cfg, name)]
+    if biased or cfg.rope_factor != 1:
+        which = (*biased, "rope_factor")[0]
+        raise UserError(f"{base}: a Mixtral has neither biases nor scaled rotary frequencies ({which})")
+    read = lambda source, name: source.tensor(name, source.shape(name))
+    kept = [name for name in source.names if ".mlp." not in name and not name.endswith(llama.HARMLESS[:2])]
+    theirs = {name: read(source, name) for name in kept if not (cfg.tie_head and name == "lm_head.weight")}
+    prefix, dtype = _prefix(False), read(source, matrices[0]).dtype
+    for i, gates_ExD in enumerate(gates_LxExD):
+        theirs[f"{prefix}.gate.weight".format(i)] = np.asarray(gates_ExD).astype(dtype)
+        for e, expert in enumerate(sources):
+            of = {name: f"{prefix}.experts.{e}.{w}.weight".format(i) for name, w in THEIRS.items()}
+            theirs |= {theirs_name: read(expert, matrix(i, name)) for name, theirs_name in of.items()}
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(LlamaConfig)}
+    fields |= {"n_expert": len(experts), "n_expert_per_token": experts_per_token, "param_dtype": str(dtype)}
+    write_folder(folder, _config_json(MoEConfig(**fields)), theirs)
+
+
+def _check_expert(base: HuggingFaceFolder, expert: HuggingFaceFolder, names: list[str]) -> None:
+    of = lambda source, name: source.shape(name) if name in source else None
+    if odd := [name for name in names if of(base, name) != of(expert, name)]:
+        some = "; ".join(f"{name} {of(expert, name) or 'missing'}, not {of(base, name)}" for name in odd[:3])
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(f"{expert.path} cannot be an expert beside {base.path}, tensors have other shapes: {some}{more}")
+
+
 def dense_config(cfg: MoEConfig) -> LlamaConfig:
     """The Llama whose feed-forward layer is one expert."""
     return LlamaConfig(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(LlamaConfig)})

@@ -106,7 +106,8 @@ class LanguageTask:
     def loss(self, params, batch, key=None):
         """(sum of nats over the targets, how many there are, sums of metrics); dropout only with a key.
 
-        A mixture of experts adds what its routers cost, times the number of targets, and tells of them (layers/routing.py).
+        A mixture of experts adds what its routers cost, times the number of targets, and tells of them (layers/routing.py):
+        of microbatches, those with more targets count for more.
         """
         nats, weight, told_L = self._sums(params, batch, key)
         if not told_L:

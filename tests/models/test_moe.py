@@ -275,10 +275,11 @@ def test_the_loss_tells_of_its_routers():
 
 
 def test_microbatches_add_up():
-    """The balance loss of each sequence: loss, gradient and what is told are those of the batch at once."""
+    """Of as many targets each, by the balance loss of each sequence: loss, gradient and loads are those of the batch."""
     cfg = dataclasses.replace(CFG, balance_loss=0.5, z_loss=0.1, balance_per_sequence=True, n_layer=1)
     task, params = task_of(cfg), params_of(cfg)
-    run = lambda k: quick.jit(lambda p: loss_and_gradients(task, p, batch(), jax.random.key(0), k))(params)
+    even = batch() | {"targets": np.roll(tokens(), -1, axis=1)}
+    run = lambda k: quick.jit(lambda p: loss_and_gradients(task, p, even, jax.random.key(0), k))(params)
     (loss, grads, told), (loss_2, grads_2, told_2) = run(1), run(2)
     assert loss_2 == pytest.approx(float(loss), rel=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(quick.relative_error, grads_2, grads))) < 1e-5
