@@ -1,6 +1,7 @@
 """Run by test_moe_mesh.py in a process with eight simulated devices: a mixture of experts trains on several meshes."""
 
 import json
+import math
 import re
 
 import jax
@@ -14,14 +15,14 @@ from jaxvram.train.sharding import MeshConfig, make_mesh, to_devices
 
 MESHES = {"2x4": {"data": 2, "expert": 4}, "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2}}
 CAPACITY = {"dropless": 0.0, "with room for 1.5": 1.5}
-STEPS, BATCH, T, E, F = 3, 16, 16, 4, 32
+STEPS, BATCH, MICROBATCH, T, E, F = 3, 16, 8, 16, 4, 32
 
 
 def build(capacity_factor, mesh):
     config, name, variant = recipes.load("configs/grok.py:tiny")
     config.model.update(n_layer=1, n_embd=16, n_inner=F, n_head=2, n_kv_head=2, vocab_size=32, block_size=T, n_expert=E)
     config.model.update(capacity_factor=capacity_factor, balance_loss=0.1, unroll_layers=False, kernels="xla", remat="full")
-    config.train.update(steps=STEPS, batch_size=BATCH, microbatch_size=8)
+    config.train.update(steps=STEPS, batch_size=BATCH, microbatch_size=MICROBATCH)
     config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
     config.mesh.update(mesh)
     return recipes.build(config, name, variant)
@@ -49,11 +50,12 @@ def cut(state):
     return {name: n for name, n in parts.items() if "experts/" in name}
 
 
-def experts_a_device_multiplies(program, state, batch):
-    """How many experts' matrices go into each batched product of the compiled step."""
+def rows_a_device_multiplies(program, state, batch):
+    """Rows of the experts' products in the forward pass of the compiled step."""
     text = program.step.lower(state, batch).compile().as_text()
-    found = re.findall(r"= f32\[(\d+),(\d+),(\d+)\]\S* (?:dot|custom-call)\(", text)
-    return sorted({int(groups) for groups, *size in found if str(F) in size})
+    found = re.findall(r'= f32\[([\d,]+)\]\S* dot\(.*op_name="([^"]*moe/experts[^"]*)"', text)
+    shapes = [[int(n) for n in shape.split(",")] for shape, name in found if "transpose(" not in name]
+    return sorted({math.prod(shape[:-1]) for shape in shapes})
 
 
 if __name__ == "__main__":
@@ -64,5 +66,5 @@ if __name__ == "__main__":
             lines, program, state, batch = run(factor, mesh, jax.devices())
             out[f"{name}, {how}"] = {"lines": lines, "cut": cut(state)}
             if factor:
-                out[f"{name}, {how}"]["products"] = experts_a_device_multiplies(program, state, batch)
+                out[f"{name}, {how}"]["rows"] = rows_a_device_multiplies(program, state, batch)
     print(json.dumps(out))

@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from moe_on_devices import CAPACITY, MESHES, E, run
+from moe_on_devices import CAPACITY, MESHES, MICROBATCH, E, T, run
 
 from jaxvram.errors import UserError
 from jaxvram.models.gpt2 import GPT2Config
@@ -53,7 +53,8 @@ def test_experts_and_their_moments_are_divided(eight, mesh):
 
 
 def test_with_a_capacity_a_device_multiplies_by_its_own_experts_alone(eight):
-    assert eight["2x4, with room for 1.5"]["products"] == [E // MESHES["2x4"]["expert"]]
+    room = int(1.5 * MICROBATCH * T * 2 / E)  # of one expert
+    assert eight["2x4, with room for 1.5"]["rows"] == [room * E // MESHES["2x4"]["expert"]]
 
 
 def test_experts_that_cannot_be_divided_are_told():
