@@ -35,7 +35,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     named = {"model.embed_tokens.weight": draw(0.7, V, D), "model.norm.weight": 1 + draw(0.2, D)}
     for i in range(L):
         for name, out, fan_in in (("q", H * K, D), ("k", G * K, D), ("v", G * K, D), ("o", D, H * K)):
-            named[f"model.layers.{i}.self_attn.{name}_proj.weight"] = draw(fan_in**-0.5 * (2 if name in "qk" else 1), out, fan_in)
+            std = fan_in**-0.5 * (2 if name in "qk" else 1)  # attention that is far from uniform
+            named[f"model.layers.{i}.self_attn.{name}_proj.weight"] = draw(std, out, fan_in)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             named[f"model.layers.{i}.{norm}.weight"] = 1 + draw(0.2, D)
         named[f"model.layers.{i}.mlp.gate.weight"] = draw(D**-0.5, E, D)

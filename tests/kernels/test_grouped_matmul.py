@@ -120,6 +120,7 @@ def test_machine_code_in_fp32_and_for_few_rows():
     proof.check_machine_code(fn, args, "rtx4070", {"grouped_matmul_forward"}, True)
 
 
+@pytest.mark.slow
 def test_nothing_on_the_card_grows_with_the_number_of_experts():
     """As `jax.lax.ragged_dot` does: that it is spared is what the kernel is for."""
     temporary = {}

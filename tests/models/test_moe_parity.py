@@ -1,4 +1,4 @@
-"""Logits, loss, balance loss and every gradient equal transformers.MixtralForCausalLM: by golden file, live where it is there."""
+"""Logits, loss, balance loss and gradients equal transformers.MixtralForCausalLM: by golden file, live where it is there."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import parity
 import pytest
 import quick
 
-from jaxvram.layers.stack import REMAT
 from jaxvram.models.moe import MoE, MoEConfig
 
 golden = functools.partial(parity.golden, make_moe)
@@ -34,7 +33,7 @@ def test_golden(variant, tmp_path):
     parity.assert_small(errors(tmp_path, variant, our_config(variant), golden(variant)))
 
 
-@pytest.mark.parametrize("remat", [remat for remat in REMAT if remat != "none"])
+@pytest.mark.parametrize("remat", ["full", "nested"])
 def test_golden_under_remat(remat, tmp_path):
     cfg = dataclasses.replace(our_config("2 of 4"), remat=remat)
     parity.assert_small(errors(tmp_path, "2 of 4", cfg, golden("2 of 4")))
@@ -58,7 +57,7 @@ def test_live(variant, tmp_path):
     parity.assert_small(errors(tmp_path, variant, our_config(variant), live))
 
 
-@pytest.mark.parametrize("fields", [{"renormalise": False}, {"n_expert_per_token": 1, "renormalise": False}, {"norm_eps": 2e-3}], ids=str)
+@pytest.mark.parametrize("fields", [{"renormalise": False}, {"n_expert_per_token": 3}, {"norm_eps": 2e-3}], ids=str)
 def test_the_comparison_sees_a_small_change(fields, tmp_path):
     right = our_config("2 of 4")
     params = parity.in_our_layout(tmp_path, make_moe, "2 of 4", right, make_moe.weights("2 of 4"))
