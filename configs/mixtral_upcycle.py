@@ -65,8 +65,8 @@ def get_config(variant="auto"):
         sample=SampleConfig(prompt="What is the capital of France?", max_new_tokens=100, num_samples=1, temperature=0.0),
     )
     if variant == "whole":
-        c.optimizer.update(learning_rate=1e-4)
-        c.train.update(batch_size=32, microbatch_size=4)
+        c.optimizer.update(name="adamw_8bit", learning_rate=1e-4)  # moments in fp32 would fill the card
+        c.train.update(batch_size=32, microbatch_size=2)
     if variant == "smol":
         c.model.update(block_size=512, dtype="float32")
         c.train.update(init_from="smollm2-135m-instruct", steps=30, batch_size=4, microbatch_size=2)
