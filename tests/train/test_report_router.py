@@ -30,7 +30,7 @@ def test_loads_are_kept_as_lists_and_drawn(tmp_path):
 
 
 def test_without_routers_there_is_no_such_section(tmp_path):
-    assert "outers" not in write(tmp_path)
+    assert "#routers" not in write(tmp_path)
 
 
 def test_the_busiest_expert_by_step():
