@@ -20,10 +20,15 @@ from jaxvram.kernels import backend, grouped_matmul_pallas, grouped_matmul_xla
 
 def grouped_matmul_reference(x_NxD, w_ExDxF, sizes_E):
     """The definition: every row times every matrix, of which one counts."""
-    ends_E = jnp.cumsum(sizes_E)
-    row_N = jnp.arange(x_NxD.shape[0])
-    mine_NxE = (row_N[:, None] >= ends_E - sizes_E) & (row_N[:, None] < ends_E)
-    return jnp.einsum("nd,edf,ne->nf", x_NxD, w_ExDxF, mine_NxE.astype(x_NxD.dtype))
+    ends_E, row_N = jnp.cumsum(sizes_E), jnp.arange(x_NxD.shape[0])
+
+    def add(y_NxF, of_group):
+        w_DxF, end, size = of_group
+        mine_N = (row_N >= end - size) & (row_N < end)
+        return y_NxF + jnp.where(mine_N[:, None], x_NxD @ w_DxF, 0), None
+
+    zeros = jnp.zeros((x_NxD.shape[0], w_ExDxF.shape[2]), x_NxD.dtype)
+    return jax.lax.scan(add, zeros, (w_ExDxF, ends_E, sizes_E))[0]
 
 
 def grouped_matmul(x_NxD, w_ExDxF, sizes_E, *, implementation: str = "auto"):
