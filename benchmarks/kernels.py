@@ -5,7 +5,8 @@
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
 Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 weights,
 the same: ours, and the XLA path. Grouped products of a mixture of experts: jax.lax.ragged_dot as well. Nothing is timed
-whose result differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
+whose result differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each turn long enough to
+swamp a launch; a ratio is taken within a round.
 """
 
 import argparse
