@@ -5,8 +5,8 @@
   python launch.py --config=configs/grok.py --config.model.capacity_factor=1.25   # with dropping, as GShard has it
 
   variant   parameters  card      time            planned peak  loss to expect
-  8x124m         511 M   RTX 4070  6 days for 10B  8.6 GiB       not published for this size or these data
-  lossfree       511 M   RTX 4070  6 days for 10B  8.6 GiB       the same, loads evened out by offsets instead of a loss
+  8x124m         511 M   RTX 4070  7 days for 10B  8.6 GiB       not published for this size or these data
+  lossfree       511 M   RTX 4070  7 days for 10B  8.6 GiB       the same, loads evened out by offsets instead of a loss
   tiny           0.5 M   2 cores   1 minute        0.1 GiB       validation 2.42 on Python's help text, by characters
 
 170 M parameters meet a token. The time is arithmetic, not a measurement: 8 FLOPs for each of them (remat makes the forward
