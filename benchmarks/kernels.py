@@ -6,8 +6,9 @@
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
 Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, the recurrences of RWKV and products with NF4 weights, the
 same: ours, and the XLA path. Retention: both our forms, whichever `retention` would take at that length, and the XLA path.
-Nothing is timed whose result differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each
-turn long enough to swamp a launch; a ratio is taken within a round.
+Grouped products of a mixture of experts: jax.lax.ragged_dot as well. Nothing is timed whose result differs from the
+definition's in fp32 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is
+taken within a round.
 """
 
 import argparse
@@ -30,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
+from jaxvram.kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
 from jaxvram.kernels.retention import log_gammas, retention_parallel, retention_tiled  # noqa: E402
@@ -57,6 +59,7 @@ WKV4 = [(8, 1024, 768)]  # B, T, D
 WKV6 = [(8, 1024, 12, 64, False), (8, 1024, 12, 64, True)]  # B, T, H, N, whether the decay is constant (RWKV-5)
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
+GROUPED_MATMUL = [(16384, 768, 2048, 8), (16384, 768, 2048, 64)]  # N, D, F, E
 OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS = 7, 0.06
 RMS_LIMIT = 1e-2
@@ -171,6 +174,17 @@ def nf4_linear_sides(N, F, D):
     return {name: y(name) for name in OURS_AND_XLA}, lambda x: nf4_linear_reference(x, weight, F), (x_NxD,), 1
 
 
+def grouped_matmul_sides(N, D, F, E):
+    """Groups of uneven sizes: the largest has about twice the mean."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_NxD, w_ExDxF = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, ((N, D), (E, D, F)), strict=False))
+    ends_E = jnp.round(jnp.cumsum(jax.random.dirichlet(keys[2], jnp.full(E, 6.0))) * N).astype(jnp.int32).at[-1].set(N)
+    sizes_E = jnp.diff(ends_E, prepend=0)
+    sides = {name: lambda x, w, name=name: grouped_matmul(x, w, sizes_E, implementation=name) for name in OURS_AND_XLA}
+    sides["ragged_dot"] = lambda x, w: jax.lax.ragged_dot(x, w, sizes_E)
+    return sides, lambda x, w: grouped_matmul_reference(x, w, sizes_E), (x_NxD, w_ExDxF), 2
+
+
 @dataclasses.dataclass
 class Compiled:
     """The programs of a case: `wanted` gives the definition's results in fp32, `programs[side]` is forward and both ways."""
@@ -257,6 +271,7 @@ def cases() -> list[tuple]:
         "wkv6": (wkv6_sides, WKV6),
         "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
+        "grouped_matmul": (grouped_matmul_sides, GROUPED_MATMUL),
     }
     return [
         (f"{kind} {shape}", functools.partial(sides, *shape)) for kind, (sides, shapes) in kinds.items() for shape in shapes

@@ -11,7 +11,7 @@ from jaxvram.errors import UserError, nearest
 from jaxvram.quiet import quiet
 from jaxvram.vram.cards import MEMORY_FRACTION
 
-MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare", "kernels")
+MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare", "kernels", "build")
 
 USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
 
@@ -26,6 +26,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
                   memory and time on its GPU, time alone without one
   --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
+  --mode=build    dense Llamas to the experts of a mixture (--input=EXPERTS.toml --out=DIR; docs/moe.md)
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR) or a binidx pair, or a folder of images to latents
                   (--autoencoder=random, --image_size=256 as well)
 """
@@ -88,6 +89,10 @@ def _run(argv: list[str]) -> int:
             flags_of += "for images --autoencoder, --image_size"
             raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
         return modes.prepare(options)
+    if options.mode == "build":
+        if recipe_file or len(overrides) > 1:
+            raise UserError("--mode=build reads no recipe: give --input=EXPERTS.toml and --out=DIR")
+        return modes.build(options)
     if options.mode == "kernels":
         if recipe_file or len(overrides) > 1:
             raise UserError("--mode=kernels reads no recipe: its shapes are fixed; give --card")
@@ -136,8 +141,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
     text("card", None, "For plan, fit and compare: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
-    text("out", None, "For export and prepare: the folder to write; for export of an RWKV also FILE.pth.")
-    text("input", None, "For prepare: a text file, a folder of texts, or a folder of images with a folder for each class.")
+    text("out", None, "For export, prepare and build: the folder to write; for export of an RWKV also FILE.pth.")
+    text("input", None, "For prepare: a text, a folder of texts, or of images with a folder a class. For build: a .toml.")
     text("tokenizer", "gpt2", "For prepare: gpt2, char, neox, world or file.")
     text("format", "shards", "For prepare: shards (llm.c's; of char, nanoGPT's files) or binidx (Megatron's pair).")
     about = "For export: write what fine-tuning added, as a folder of peft's, instead of the merged model."

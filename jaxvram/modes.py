@@ -105,7 +105,7 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
         peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
         print(f"what step {step} of {workdir} added, as a folder of peft's: {options.out}")
         return 0
-    if recipe.finetune.method != "none":
+    if recipe.finetune.adds:
         params = merged(task.model, params)
     if is_official:
         source.save_official(params, task.model.cfg, options.out)
@@ -155,6 +155,19 @@ def _prepare_latents(options) -> int:
         _say(f"skipped {line}")
     path = f"--config.data.name=latents --config.data.path={options.out}"
     print(f"{done.images} images in {done.shards} shard(s), {len(done.skipped)} skipped; train on them with {path}")
+    return 0
+
+
+def build(options) -> int:
+    """Dense models as the experts of one, by a file that says which (jaxvram/upcycle.py)."""
+    from jaxvram.upcycle import build_mixture
+
+    if not options.input or not options.out:
+        raise UserError("--mode=build needs --input=EXPERTS.toml and --out=DIR")
+    for line in build_mixture(options.input, options.out):
+        print(line)
+    train = f"--config=configs/mixtral_upcycle.py --config.train.init_from={options.out}"
+    print(f"a mixture in {options.out}; train its routers with {train}")
     return 0
 
 
@@ -210,7 +223,7 @@ def load_frozen(recipe, task):
 
 def _read_base(recipe, task):
     source, cfg, path = converter(recipe.model), task.model.cfg, locate(recipe.train.init_from)
-    if recipe.finetune.method == "none":
+    if not recipe.finetune.adds:
         return source.load_params(path, cfg)
     if hasattr(source, "tensors"):
         return base_parameters(task.model, source.tensors(path, cfg))

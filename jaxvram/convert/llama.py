@@ -91,7 +91,7 @@ def tensors(folder_or_file, cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...],
     source = _open(folder_or_file)
     is_gguf = isinstance(source, GGUFFile)
     tied = _check_gguf(source, cfg) if is_gguf else _check_folder(source, cfg)
-    parameters = _parameters(cfg)
+    parameters = all_parameters(cfg)
     if tied and not cfg.tie_head:  # the head starts as a copy of the table
         table = parameters[0]
         parameters[-1] = parameters[-1]._replace(hf=table.hf, gguf=table.gguf)
@@ -101,7 +101,7 @@ def tensors(folder_or_file, cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...],
     wanted = dict.fromkeys(p.name(source).format(i) for p in parameters for i in layers(p))
     check_names(source.path, source.names, wanted, HARMLESS)
     layout = "interleaved" if is_gguf else "half"
-    read = lambda p, i: _to_ours(source.tensor(p.name(source).format(i), p.shape), p, cfg, layout)
+    read = lambda p, i: to_ours(source.tensor(p.name(source).format(i), p.shape), p, cfg, layout)
     return ((p.ours, i, read(p, i)) for p in parameters for i in layers(p))
 
 
@@ -115,16 +115,16 @@ def save(params, cfg: LlamaConfig, folder) -> None:
     """
     params = jax.tree.map(np.asarray, params)
     theirs = {}
-    for p in _parameters(cfg):
+    for p in all_parameters(cfg):
         array = params
         for name in p.ours:
             array = array[name]
         layers = enumerate(array) if "{}" in p.hf else [(None, array)]
-        theirs |= {p.hf.format(i): _to_half(a, p, cfg) for i, a in layers}
+        theirs |= {p.hf.format(i): to_half(a, p, cfg) for i, a in layers}
     write_folder(folder, _config_json(cfg), theirs)
 
 
-def _parameters(cfg: LlamaConfig) -> list[Parameter]:
+def all_parameters(cfg: LlamaConfig) -> list[Parameter]:
     """Every parameter: the table first, a head of its own last."""
     D, F, V, HK, GK = cfg.n_embd, cfg.n_inner, cfg.vocab_size, cfg.n_head * cfg.key_size, cfg.n_kv_head * cfg.key_size
     found = [Parameter(("embed_tokens", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (V, D))]
@@ -148,7 +148,7 @@ def _parameters(cfg: LlamaConfig) -> list[Parameter]:
     return found
 
 
-def _to_ours(array, p: Parameter, cfg: LlamaConfig, layout: str):
+def to_ours(array, p: Parameter, cfg: LlamaConfig, layout: str):
     if p.heads and layout != cfg.rope_layout:
         array = _reordered(array, p.heads, cfg.rope_layout)
     if p.ours[0] in ("embed_tokens", "lm_head") and cfg.table_rows > cfg.vocab_size:
@@ -156,7 +156,7 @@ def _to_ours(array, p: Parameter, cfg: LlamaConfig, layout: str):
     return array.T if p.ours[-1] == "kernel" else array
 
 
-def _to_half(array, p: Parameter, cfg: LlamaConfig):
+def to_half(array, p: Parameter, cfg: LlamaConfig):
     """One layer as a Hugging Face folder has it."""
     array = array.T if p.ours[-1] == "kernel" else array
     if p.heads and cfg.rope_layout != "half":
@@ -180,8 +180,25 @@ def _open(folder_or_file):
     return HuggingFaceFolder(path, "llama")
 
 
+def config_of(folder) -> LlamaConfig:
+    """The configuration that a Hugging Face folder's config.json means.
+
+    Raises:
+      UserError: there is none, or it is of another model.
+    """
+    fields, tied = _fields_of(HuggingFaceFolder(folder, "llama"))
+    return LlamaConfig(**fields, tie_head=tied)
+
+
 def _check_folder(source: HuggingFaceFolder, cfg: LlamaConfig) -> bool:
     """Raises a UserError where config.json is not of `cfg`; True where the head is the table."""
+    fields, tied = _fields_of(source)
+    _check_fields(source, fields, cfg, tied)
+    return tied
+
+
+def _fields_of(source: HuggingFaceFolder) -> tuple[dict, bool]:
+    """(what config.json says, in our names; is the head the table)."""
     theirs = DEFAULTS | source.config
     if theirs.get("num_key_value_heads") is None:
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
@@ -201,9 +218,7 @@ def _check_folder(source: HuggingFaceFolder, cfg: LlamaConfig) -> bool:
         if type(value) not in (int, float) or value <= 0:
             raise UserError(f"{source.path / CONFIG} is damaged: {SCALING_OF.get(name, name)}={value!r}")
     as_ours = {name: value if name == "rope_original_context" else float(value) for name, value in numbers.items()}
-    tied = bool(theirs["tie_word_embeddings"])
-    _check_fields(source, wanted | as_ours, cfg, tied)
-    return tied
+    return wanted | as_ours, bool(theirs["tie_word_embeddings"])
 
 
 def _check_gguf(source: GGUFFile, cfg: LlamaConfig) -> bool:

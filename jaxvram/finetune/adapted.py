@@ -72,7 +72,9 @@ class Adapted:
 
 def adapted(model, finetune: FinetuneConfig):
     """The model as `finetune` wants it; itself where nothing is added."""
-    return model if finetune.method == "none" else Adapted(model, finetune)
+    if finetune.method == "router" and not hasattr(model.cfg, "n_expert"):
+        raise UserError("finetune.method=router trains the routers of a mixture of experts; this model has none")
+    return Adapted(model, finetune) if finetune.adds else model
 
 
 def _intercept(cfg: FinetuneConfig, seen: list, call, args, kwargs, context):

@@ -5,12 +5,13 @@ import re
 
 from jaxvram.errors import UserError, nearest
 
-METHODS = ("none", "lora", "adapter", "adapter_v2")
+METHODS = ("none", "lora", "adapter", "adapter_v2", "router")
 ALL_LINEAR = r".*(attn|mlp)/.*"
 
 # What each method trains, by the whole path of a parameter
 TRAINED = {
     "none": r".*",
+    "router": r".*/router/.*",
     "lora": r".*/lora_(A|B|magnitude)",
     "adapter": r".*/adapter_(prompt|gate)",
     "adapter_v2": r".*/adapter_(prompt|gate|scale|bias)|(.*/)?\w*norm\w*/scale",
@@ -19,7 +20,7 @@ TRAINED = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    method: str = "none"  # none (every parameter is trained) | lora | adapter, adapter_v2 (LLaMA-Adapter)
+    method: str = "none"  # none (every parameter is trained) | lora | adapter, adapter_v2 (LLaMA-Adapter) | router
     base: str = "plain"  # frozen matrices: plain (in model.param_dtype) | nf4 (QLoRA: 4.13 bits a weight)
     rank: int = 16  # lora: r, columns of A and rows of B
     alpha: float = 32.0  # lora: the product is scaled by alpha / r
@@ -60,6 +61,11 @@ class FinetuneConfig:
     def is_pefts(self) -> bool:
         """Does peft know it? Of LLaMA-Adapter it has the first version, with a gate for each layer."""
         return self.method == "lora" or (self.method == "adapter" and self.gate == "layer")
+
+    @property
+    def adds(self) -> bool:
+        """Has the model what it had not before?"""
+        return self.method not in ("none", "router")
 
     def trains(self, path: str) -> bool:
         """Is the parameter of that path trained?"""

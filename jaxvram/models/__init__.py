@@ -5,6 +5,7 @@ from jaxvram.models.gpt2 import GPT2, GPT2Config
 from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
+from jaxvram.models.moe import MoE, MoEConfig
 from jaxvram.models.retnet import RetNet, RetNetConfig
 from jaxvram.models.rwkv4 import RWKV4, RWKV4Config
 from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
@@ -17,6 +18,7 @@ MODELS = {
     "llama": (Llama, LlamaConfig),
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
+    "moe": (MoE, MoEConfig),
     "retnet": (RetNet, RetNetConfig),
     "rwkv4": (RWKV4, RWKV4Config),
     "rwkv5": (RWKV5, RWKV5Config),
@@ -27,7 +29,7 @@ MODELS = {
 
 def name_of(cfg) -> str:
     """The name of the model that a configuration is of."""
-    return next(name for name, (_, config_type) in MODELS.items() if isinstance(cfg, config_type))
+    return next(name for name, (_, config_type) in MODELS.items() if type(cfg) is config_type)
 
 
 def build(cfg):

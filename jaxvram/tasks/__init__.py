@@ -11,5 +11,5 @@ from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
-LANGUAGE_MODELS = ("gpt2", "llama", "mamba", "mamba2", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
+LANGUAGE_MODELS = ("gpt2", "llama", "mamba", "mamba2", "moe", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
 TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | {"dit": "diffusion"}  # by the model's name

@@ -18,6 +18,7 @@ from jaxvram.data.tokenizers import continuation
 from jaxvram.errors import UserError
 from jaxvram.finetune.adapted import adapted
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxvram.layers import routing
 from jaxvram.sample.text import SampleConfig, generate
 from jaxvram.tasks.samples import Samples
 
@@ -105,27 +106,43 @@ class LanguageTask:
         return self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def loss(self, params, batch, key=None):
-        """(sum of nats over the targets, how many there are, no further metrics); dropout only with a key."""
+        """(sum of nats over the targets, how many there are, sums of metrics); dropout only with a key.
+
+        A mixture of experts adds what its routers cost, times the number of targets, and tells of them (layers/routing.py):
+        of microbatches, those with more targets count for more.
+        """
+        nats, weight, told_L = self._sums(params, batch, key)
+        if not told_L:
+            return nats, weight, {}
+        cfg = self.model.cfg
+        added, metrics = routing.terms(told_L, cfg.balance_loss, cfg.z_loss)
+        return nats + weight * added, weight, {"next_token_loss": nats} | {name: weight * x for name, x in metrics.items()}
+
+    def _sums(self, params, batch, key):
+        """(sum of nats, how many targets, what the layers told of their routers or {})."""
         targets_BxT = batch["targets"]
         if self.cfg.chunk_length in (0, targets_BxT.shape[1]):
-            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"))
+            nats, _, told_L = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"))
         else:
-            nats = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
-        return nats, (targets_BxT >= 0).sum().astype(jnp.float32), {}
+            nats, told_L = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
+        return nats, (targets_BxT >= 0).sum().astype(jnp.float32), told_L
 
     def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None):
-        """(sum of nats over the targets, the model's state after the last token)."""
+        """(sum of nats over the targets, the model's state after the last token, what the layers told or {})."""
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
         options = {} if segments_BxT is None else {"segments_BxT": segments_BxT}
         options |= {"deterministic": key is None, "rngs": rngs}
-        hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, **options)
+        if hasattr(self.model.cfg, "n_expert"):
+            hidden_BxTxD, state, told_L = self.model.apply(variables, tokens_BxT, state, method="routed", **options)
+        else:
+            (hidden_BxTxD, state), told_L = self.model.apply(variables, tokens_BxT, state, **options), {}
         head_VxD = self.model.apply(variables, method="head_VxD")
         cfg = self.model.cfg
         # A head of its own is stored (D, V): turned back here, or a kernel would be given a turned copy of it.
         head, vocab_axis = (head_VxD, 0) if cfg.tie_head else (head_VxD.T, 1)
         options = {"vocab_axis": vocab_axis, "l2wrap": self.cfg.l2wrap, "implementation": cfg.kernels}
         loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head, targets_BxT, cfg.vocab_size, **options)
-        return loss_BxT.sum(), state
+        return loss_BxT.sum(), state, told_L
 
     def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key):
         """The same, `chunk_length` tokens at a time: the backward pass keeps a state a chunk, and makes each chunk again."""
@@ -139,16 +156,18 @@ class LanguageTask:
             nats, state = carry
             if not self.cfg.chunk_gradient:
                 state = jax.lax.stop_gradient(state)
-            more, state = self._nats(params, *of_chunk, state)
-            return (nats + more, state), None
+            more, state, told_L = self._nats(params, *of_chunk, state)
+            return (nats + more, state), told_L
 
         empty = self.model.apply({"params": params}, B, method="initial_state")
-        (nats, _), _ = jax.lax.scan(chunk, (jnp.float32(0), empty), (split(tokens_BxT), split(targets_BxT), keys))
-        return nats
+        xs = split(tokens_BxT), split(targets_BxT), keys
+        (nats, _), told = jax.lax.scan(chunk, (jnp.float32(0), empty), xs)
+        return nats, jax.tree.map(lambda x: x.mean(0), told)
 
     def evaluation(self, params, batch, key):
-        """The loss alone; nothing is drawn."""
-        return {"loss": self.loss(params, batch)[:2]}
+        """The next token's loss, and the routers' loads where there are any; nothing is drawn."""
+        nats, weight, told_L = self._sums(params, batch, None)
+        return {"loss": (nats, weight)} | ({"router_load": (weight * told_L["load_E"], weight)} if told_L else {})
 
     def check_samples(self) -> None:
         """Raises the UserError that `show` would meet only after the first hundreds of steps."""

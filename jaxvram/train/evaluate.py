@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 
 from jaxvram.errors import UserError
 from jaxvram.train.sharding import local_rows, to_devices
@@ -23,7 +24,10 @@ class EvalConfig:
 
 
 class Evaluator:
-    """`evaluator(params, split)` -> {name: mean} over the fixed batches, "loss" and what else had weight. Compiled once."""
+    """`evaluator(params, split)` -> {name: mean} over the fixed batches, "loss" and what else had weight. Compiled once.
+
+    A mean is a float, or lists of them.
+    """
 
     def __init__(self, task, cfg: EvalConfig, batch_size: int, mesh):
         self.task, self.cfg, self.mesh = task, cfg, mesh
@@ -32,12 +36,12 @@ class Evaluator:
         key_of = lambda n: jax.random.fold_in(jax.random.key(KEY), n)
         self.sums = jax.jit(lambda params, batch, n: task.evaluation(params, batch, key_of(n)))
 
-    def __call__(self, params, split: str) -> dict[str, float]:
+    def __call__(self, params, split: str) -> dict[str, float | list]:
         sums = []
         for n in range(self.cfg.batches):
             batch = self.task.source.batch(split, n, self.batch_size, self.rows)
             sums.append(self.sums(params, to_devices(batch, self.batch_size, self.mesh), n))
         sums = jax.device_get(sums)
-        total = lambda name, i: sum(float(of_batch[name][i]) for of_batch in sums)
-        weights = {name: total(name, 1) for name in sums[0]}
-        return {name: total(name, 0) / max(w, 1e-9) for name, w in weights.items() if w > 0 or name == "loss"}
+        total = lambda name, i: sum(np.asarray(of_batch[name][i], np.float64) for of_batch in sums)
+        weights = {name: float(total(name, 1)) for name in sums[0]}
+        return {n: (total(n, 0) / max(w, 1e-9)).tolist() for n, w in weights.items() if w > 0 or n == "loss"}

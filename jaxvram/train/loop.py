@@ -170,7 +170,7 @@ class Loop:
         logs = step % self.recipe.train.log_every == 0 or self._evaluates(step)
         if not logs and not self._due(step):
             return False
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}  # numbers, or lists of them
         streak = values.pop("skipped_in_a_row")
         rate = self.progress.update(step, values)
         if logs:
@@ -217,7 +217,8 @@ class Loop:
         samples = self.task.show(params)
         if self.writes:
             write_samples(self.workdir, f"step_{step:06d}", samples.files)
-        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if not name.startswith("loss_"))
+        said = {name: x for name, x in values.items() if isinstance(x, float) and not name.startswith("loss_")}
+        words = ", ".join(f"{name} {x:.4f}" for name, x in said.items())
         self.progress.note(f"step {step}: validation {words}{' (best so far)' if improved else ''}")
         return improved
 

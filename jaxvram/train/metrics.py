@@ -42,12 +42,12 @@ class MetricsLog:
             self._mirror = _TensorBoard(self.path.parent / "tensorboard")
 
     def write(self, step: int, values: Mapping, split: str | None = None) -> None:
-        """One line; `values` are numbers, strings or 0-d arrays (of a finished step, or this waits for it)."""
+        """One line; `values` are numbers, strings, lists, or arrays (of a finished step, or this waits for it)."""
         if not self._active:
             return
         line = {"step": int(step)} if split is None else {"step": int(step), "split": split}
         for name, value in values.items():
-            line[name] = value if isinstance(value, float | int | str) else value.item()
+            line[name] = value if isinstance(value, float | int | str | list) else value.tolist()
         try:
             encoded = (_encode(line) + "\n").encode()
             if self._file.write(encoded) < len(encoded):
@@ -250,6 +250,6 @@ def _event(wall_time: float, line: dict, restart: bool):
     values = [
         Summary.Value(tag=f"{split}/{name}", simple_value=value)
         for name, value in line.items()
-        if name != "step" and not isinstance(value, str)
+        if name != "step" and not isinstance(value, str | list)
     ]
     return Event(wall_time=wall_time, step=line["step"], summary=Summary(value=values))

@@ -16,6 +16,7 @@ class ParamGroup:
     params: str  # regex that must match a whole path, e.g. '.*/(kernel|embedding)'
     weight_decay: float = 0.0  # decoupled, times the learning rate
     lr_multiplier: float = 1.0  # 0 freezes: no update and no optimizer state
+    sign_rate: float = 0.0  # > 0: p -= this * sign(gradient), whatever optimizer and schedule the others have, not clipped
 
 
 MATRICES_DECAY = {  # nanoGPT, llm.c: everything with two axes or more, tables included
@@ -57,6 +58,8 @@ class OptimizerConfig:
             raise UserError(
                 "optimizer: learning_rate, warmup_steps, decay_steps, clip_norm and eps must not be negative"
             )
+        if reserved := {"trained", "frozen"} & {name for name, group in self.groups.items() if group.sign_rate}:
+            raise UserError(f"optimizer.groups.{reserved.pop()} has a sign_rate: give it another name")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise UserError("optimizer: b1 and b2 must be in [0, 1)")
         if not (0 <= self.final_lr_fraction <= 1 and 0 <= self.wsd_decay_fraction <= 1):
@@ -108,12 +111,23 @@ def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
 
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm > 0 else []
     tx = optax.chain(*clip, _direction(cfg), optax.stateless(decay_and_multiply), optax.scale_by_learning_rate(schedule))
-    if any(group.lr_multiplier == 0 for group in groups.values()):
-        fate = jax.tree.map(lambda g: "frozen" if groups[g].lr_multiplier == 0 else "trained", label_of)
-        # Outside of `partition`, so that frozen leaves are masked from the decay above as well.
+    fates = {name: _fate(name, group) for name, group in groups.items()}
+    if set(fates.values()) != {"trained"}:
+        fate = jax.tree.map(fates.get, label_of)
+        # Outside of `partition`, so that the other leaves are masked from the decay above as well.
         label_of = jax.tree.map(lambda g, f: g if f == "trained" else optax.MaskedNode(), label_of, fate)
-        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, fate)
+        by_sign = {name: _by_sign(group.sign_rate) for name, group in groups.items() if group.sign_rate}
+        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()} | by_sign, fate)
     return tx, schedule
+
+
+def _fate(name: str, group: ParamGroup) -> str:
+    """The part of the optimizer that a group belongs to; with a rule of its own, its name."""
+    return name if group.sign_rate else "trained" if group.lr_multiplier else "frozen"
+
+
+def _by_sign(rate: float) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda g: -rate * jax.numpy.sign(g), updates))
 
 
 def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:

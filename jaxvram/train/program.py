@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from jaxvram.train.optimizer import make_optimizer
 from jaxvram.train.partition import divide
-from jaxvram.train.sharding import shardings
+from jaxvram.train.sharding import check_experts, shardings
 from jaxvram.train.step import init_params, init_state, make_train_step
 
 
@@ -103,6 +103,7 @@ def make_functions(recipe, task) -> Functions:
 
 def make_program(recipe, task, mesh) -> Program:
     """The same on a mesh: every array of the state has its home, by the rules of train/sharding.py."""
+    check_experts(recipe.model, mesh)
     functions = make_functions(recipe, task)
     shapes = jax.eval_shape(functions.init)
     homes = shardings(shapes, mesh)

@@ -22,6 +22,7 @@ from jaxvram.train.progress import amount, duration, peak_bytes
 from jaxvram.train.report_figures import COLOURS, SMALL, WIDE, Curve, curve_figure, loss_figure, png, short, svg
 from jaxvram.train.report_html import CSS, GIB, escape, image, mapping, number, words
 from jaxvram.train.report_plan import memory_section
+from jaxvram.train.report_router import router_section
 
 SAMPLES = 24  # steps on show, the first and the last among them
 SAMPLE_CHARACTERS = 20_000  # of one file
@@ -137,6 +138,7 @@ def _this_process() -> dict:
 def _page(run: Run) -> str:
     sections = {
         "Curves": _curves(run),
+        "Routers": _routers(run),
         "Samples": _samples(run),
         "Memory plan": memory_section(run.plan, run.workdir / "plan.png"),
         "Configuration": _config(run),
@@ -270,6 +272,11 @@ def _chart(title: str, keys: dict[str, str], picture: str, note: str = "") -> st
     keys = "".join(f'<span class="key" style="--c:var(--{role})">{text}</span>' for role, text in keys.items())
     note = f"<small>{escape(note)}</small>" if note else ""
     return f'<div class="card"><div class="chart-head"><h3>{escape(title)}</h3>{keys}{note}</div>{picture}</div>'
+
+
+def _routers(run: Run) -> str:
+    small_chart = lambda title, curve: _small_chart(title, curve, np.array([]), "train", False)
+    return router_section(run.lines, run.evals, small_chart, lambda title, picture, note: _chart(title, {}, picture, note))
 
 
 def _scores(run: Run) -> list[tuple[str, Curve]]:

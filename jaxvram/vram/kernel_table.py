@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxvram.kernels import (
     attention_pallas,
+    grouped_matmul_pallas,
     linear_cross_entropy_pallas,
     nf4,
     nf4_pallas,
@@ -26,6 +27,7 @@ from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.grouped_matmul import grouped_matmul
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
 from jaxvram.kernels.retention import log_gammas, retention_tiled
 from jaxvram.kernels.scalar_decay import scalar_decay
@@ -229,6 +231,18 @@ def nf4_probe(what: str, N, F, D, *, backward=True) -> Probe:
     return Probe(f"{what} {N} x {D} -> {F}, weights in NF4", fn, (rows, nf4.abstract((F, D))), found)
 
 
+def grouped_matmul_probe(what: str, N, D, F, E) -> Probe:
+    """bf16. Each row meets one matrix; all matrices are read."""
+    spec, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
+    tile, rows, matrices = grouped_matmul_pallas.product_tile(N, 2), 2 * N * (D + F), 2 * E * D * F
+    product = Work(tile, 2 * N * D * F, rows + matrices)
+    work = dict.fromkeys(("grouped_matmul_forward", "grouped_matmul_transposed"), product)
+    work["grouped_matmul_gradient"] = dataclasses.replace(product, tile=grouped_matmul_pallas.GRADIENT[2])
+    fn = jax.value_and_grad(lambda *a: grouped_matmul(*a).astype(jnp.float32).sum(), (0, 1))
+    args = spec((N, D), bf16), spec((E, D, F), bf16), spec((E,), jnp.int32)
+    return Probe(f"{what} {N} rows in {E} groups, {D} -> {F}", fn, args, work)
+
+
 def probes() -> list[Probe]:
     return [
         attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
@@ -246,6 +260,7 @@ def probes() -> list[Probe]:
         wkv6_probe("RWKV-6", 8, 1024, 12, 64),
         wkv6_probe("RWKV-5, constant decay", 8, 1024, 12, 64, constant=True),
         wkv7_probe("RWKV-7 0.1B", 16, 512, 12, 64),
+        grouped_matmul_probe("Grok, 8 experts", 16384, 768, 2048, 8),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),
     ]

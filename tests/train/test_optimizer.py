@@ -282,3 +282,17 @@ def test_second_moments_of_bf16_weights_come_up(name):
     assert moment.dtype == jnp.float32
     want = 1 - 0.999**2000 if name == "adamw" else 1.0  # Adafactor's decay begins at 0, so that it is the mean at once
     np.testing.assert_allclose(moment, want, rtol=1e-3)
+
+
+def test_a_group_with_a_sign_rate_moves_by_the_sign_alone():
+    """Whatever optimizer, schedule and clip the others have; and the clip does not see it."""
+    params = {"w": {"kernel": jnp.ones((3, 2))}, "router": {"expert_offset": jnp.zeros(3)}}
+    groups = {"all": ParamGroup(r".*kernel"), "offsets": ParamGroup(r".*expert_offset", sign_rate=0.01)}
+    tx, _ = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=9, clip_norm=1.0, groups=groups), params, 10)
+    slopes = {"w": {"kernel": jnp.full((3, 2), 1e-3)}, "router": {"expert_offset": jnp.array([1e6, -1e-9, 0.0])}}
+    updates, state = tx.update(slopes, tx.init(params), params)
+    np.testing.assert_allclose(updates["router"]["expert_offset"], [-0.01, 0.01, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(updates["w"]["kernel"], -0.05, rtol=1e-3)  # AdamW's first step, not clipped to nothing
+    assert sum(x.size for x in jax.tree.leaves(state)) < 2 * 6 + 6, "an offset has no moments"
+    with pytest.raises(UserError, match=r"optimizer\.groups\.frozen has a sign_rate"):
+        OptimizerConfig(groups={"frozen": ParamGroup(r".*", sign_rate=0.01)})

@@ -18,7 +18,7 @@ from jaxvram.train.evaluate import EvalConfig, Evaluator
 from jaxvram.train.sharding import AXES, MeshConfig, local_rows, make_mesh, shardings, spec, to_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
-MESH = types.SimpleNamespace(shape=dict(zip(AXES, (2, 2, 4), strict=True)))
+MESH = types.SimpleNamespace(shape=dict(zip(AXES, (2, 2, 2, 4), strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ MESH = types.SimpleNamespace(shape=dict(zip(AXES, (2, 2, 4), strict=True)))
         ("opt_state/1/mu/h/attn/c_proj/kernel", (3, 8, 8), P(None, "tensor", "fsdp")),  # where its parameter lies
         ("wte/embedding", (64, 8), P("tensor", "fsdp")),
         ("lm_head/kernel", (8, 64), P("fsdp", "tensor")),
+        ("layers/moe/experts/up_proj/kernel", (3, 4, 8, 16), P(None, "expert", "fsdp", "tensor")),
+        ("layers/moe/experts/down_proj/kernel", (3, 4, 16, 8), P(None, "expert", "tensor", "fsdp")),
+        ("layers/moe/router/kernel", (3, 8, 4), P()),
+        ("layers/attn/o_proj/kernel", (3, 8, 8), P(None, "tensor", "fsdp")),
+        ("layers/mlp/gate_proj/kernel", (3, 8, 16), P(None, "fsdp", "tensor")),
         ("wte/embedding", (65, 8), P(None, "fsdp")),  # what cannot be cut evenly stays whole
         ("h/attn/c_attn/bias", (3, 24), P()),
         ("h/ln_1/scale", (3, 8), P()),
@@ -43,9 +48,10 @@ def test_rules(name, shape, expected):
 
 def test_meshes():
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=2), [jax.devices()[0]] * 8).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    for wrong in ({"fsdp": 3}, {"data": 2}, {"fsdp": 0}, {"data": 0}, {"data": -2}):
+    assert dict(one.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    eight = make_mesh(MeshConfig(fsdp=2), [jax.devices()[0]] * 8)
+    assert dict(eight.shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    for wrong in ({"fsdp": 3}, {"data": 2}, {"expert": 2}, {"expert": 0}, {"fsdp": 0}, {"data": 0}, {"data": -2}):
         with pytest.raises(UserError, match="mesh"):
             make_mesh(MeshConfig(**wrong), jax.devices()[:1])
 
@@ -105,11 +111,11 @@ def test_sampling_reads_weights_that_are_cut(eight):
 
 def test_a_batch_that_does_not_divide_is_an_error():
     mesh = make_mesh(MeshConfig(fsdp=2), [jax.devices()[0]] * 8)
-    with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of data x fsdp = 8"):
+    with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of data x fsdp x expert = 8"):
         local_rows(12, mesh)
 
 
 def test_an_evaluation_that_the_devices_cannot_share_is_told_before_the_first_step():
-    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2})
+    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "expert": 1})
     with pytest.raises(UserError, match=r"eval.batch_size \(0: that of a microbatch\)=4 is not a multiple of .* 8 devices"):
         Evaluator(None, EvalConfig(), 4, mesh)
