@@ -85,10 +85,6 @@ class HuggingFaceFolder:
     def names(self):
         return self._file_of.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor of that name, which is not read."""
-        return tuple(self._open(self.path / self._file_of[name]).get_slice(name).get_shape())
-
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor of that name, which must have that shape."""
         if name not in self._file_of:
