@@ -23,6 +23,7 @@ from jaxvram import recipe
 from jaxvram.data import DataConfig
 from jaxvram.models.rwkv4 import SIZES, RWKV4Config
 from jaxvram.sample.text import SampleConfig
+from jaxvram.tasks.language import LanguageConfig
 from jaxvram.train.checkpoint import CheckpointConfig
 from jaxvram.train.evaluate import EvalConfig
 from jaxvram.train.optimizer import OptimizerConfig, ParamGroup
@@ -44,6 +45,7 @@ def get_config(variant="auto"):
             table_range=6e-4,  # a fresh table's, as large as the learning rate
             remat="full",  # a stream of 2 D bytes a token and layer is kept, the rest is made again
         ),
+        task=LanguageConfig(l2wrap=1e-4),  # the authors' pull on the largest logit
         data=DataConfig(dataset="fineweb", fineweb_shards=15, tokenizer="gpt2", order="shuffled"),
         optimizer=OptimizerConfig(
             learning_rate=6e-4,
