@@ -20,14 +20,15 @@ import time
 from recurrent_runs import COLOURS, ROOT, built, command, finish, parameters
 
 UNTIED = {"model.tie_head": False}
+PLAIN = {"task.l2wrap": 0.0}  # cross-entropy alone, for all
 MODELS = {  # by name: recipe, and what it is changed in
     "GPT-2": ("gpt2.py:tiny", UNTIED | {"model.n_layer": 3}),
     "Mamba": ("mamba.py:tiny", UNTIED | {"model.n_layer": 4}),
     "Mamba-2": ("mamba2.py:tiny", UNTIED),
     "RetNet": ("retnet.py:tiny", UNTIED),
-    "RWKV-4": ("rwkv4.py:tiny", {"model.n_layer": 2}),
-    "RWKV-6": ("rwkv6.py:tiny", {"model.n_layer": 2}),
-    "RWKV-7": ("rwkv7.py:tiny", {"model.n_layer": 2}),
+    "RWKV-4": ("rwkv4.py:tiny", PLAIN | {"model.n_layer": 2}),
+    "RWKV-6": ("rwkv6.py:tiny", PLAIN | {"model.n_layer": 2}),
+    "RWKV-7": ("rwkv7.py:tiny", PLAIN | {"model.n_layer": 2}),
 }
 ROUNDS, STEPS_A_ROUND = 7, 3
 RUNS = pathlib.Path(tempfile.gettempdir()) / "jaxvram-recurrent"

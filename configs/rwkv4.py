@@ -81,7 +81,7 @@ def get_config(variant="auto"):
         c.optimizer.update(learning_rate=3e-3, warmup_steps=20, schedule="wsd", final_lr_fraction=0.0)
         c.train.update(steps=800, batch_size=32, log_every=50)
         c.eval.update(every=50, batches=4)
-        c.task.score_problems = 500
+        c.task.update(score_problems=500, l2wrap=0.0)
     if variant == "tiny":
         c.model.update(vocab_size=50257, block_size=64, n_layer=3, n_embd=64, table_range=3e-3, reset_token=50256)
         c.model.update(remat="none", dtype="float32", unroll_layers=True)
