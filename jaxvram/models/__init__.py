@@ -1,5 +1,6 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.bitnet import BitNet, BitNetConfig
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
 from jaxvram.models.llama import Llama, LlamaConfig
@@ -12,6 +13,7 @@ MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
     "llama": (Llama, LlamaConfig),
+    "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
     "retnet": (RetNet, RetNetConfig),
@@ -21,7 +23,7 @@ MODELS = {
 
 def name_of(cfg) -> str:
     """The name of the model that a configuration is of."""
-    return next(name for name, (_, config_type) in MODELS.items() if isinstance(cfg, config_type))
+    return next(name for name, (_, config_type) in MODELS.items() if type(cfg) is config_type)
 
 
 def build(cfg):

@@ -106,15 +106,24 @@ class LanguageTask:
         """(sum of nats over the targets, how many there are, no further metrics); dropout only with a key."""
         targets_BxT = batch["targets"]
         if self.cfg.chunk_length in (0, targets_BxT.shape[1]):
-            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"))
+            nats, _ = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"), self._mix(batch))
         else:
-            nats = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
+            nats = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key, self._mix(batch))
         return nats, (targets_BxT >= 0).sum().astype(jnp.float32), {}
 
-    def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None):
+    @property
+    def reads_step(self) -> bool:
+        """Does the loss change with time? Of a BitNet that began in full precision it does."""
+        return getattr(self.model.cfg, "anneal_steps", 0) > 0
+
+    def _mix(self, batch):
+        """How far weights and activations are rounded (models/bitnet.py); None: in full, and always where nobody trains."""
+        return self.model.cfg.mix_at(batch["step"][0]) if "step" in batch else None
+
+    def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None, mix=None):
         """(sum of nats over the targets, the model's state after the last token)."""
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
-        options = {} if segments_BxT is None else {"segments_BxT": segments_BxT}
+        options = {name: x for name, x in (("segments_BxT", segments_BxT), ("mix", mix)) if x is not None}
         options |= {"deterministic": key is None, "rngs": rngs}
         hidden_BxTxD, state = self.model.apply(variables, tokens_BxT, state, **options)
         head_VxD = self.model.apply(variables, method="head_VxD")
@@ -125,7 +134,7 @@ class LanguageTask:
         loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head, targets_BxT, cfg.vocab_size, **options)
         return loss_BxT.sum(), state
 
-    def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key):
+    def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key, mix=None):
         """The same, `chunk_length` tokens at a time: the backward pass keeps a state a chunk, and makes each chunk again."""
         B, T = tokens_BxT.shape
         chunks = T // self.cfg.chunk_length
@@ -137,7 +146,7 @@ class LanguageTask:
             nats, state = carry
             if not self.cfg.chunk_gradient:
                 state = jax.lax.stop_gradient(state)
-            more, state = self._nats(params, *of_chunk, state)
+            more, state = self._nats(params, *of_chunk, state, mix=mix)
             return (nats + more, state), None
 
         empty = self.model.apply({"params": params}, B, method="initial_state")
