@@ -94,8 +94,8 @@ def _read(source, found: list[Parameter], cfg: BitNetConfig, layout: str, scales
                     raise UserError(f"{which}; to sample or to train a LoRA set model.weights=2bit or base3")
                 yield p.ours, i, array
                 continue
-            codes_DxF, scale = checked_codes(name, array) if scale is None else (array, scale)
-            yield (*p.ours[:-1], "packed"), i, ternary.pack(codes_DxF.T, cfg.weights, np)
+            codes_FxD, scale = checked_codes(name, array) if scale is None else (array, scale)
+            yield (*p.ours[:-1], "packed"), i, ternary.pack(codes_FxD, cfg.weights, np)
             yield (*p.ours[:-1], "weight_scale"), i, np.float32(scale)
 
 
@@ -175,7 +175,7 @@ def _parts(params, cfg: BitNetConfig):
             at = lambda name: leaf[name] if i is None else leaf[name][i]  # noqa: B023
             if packed:
                 codes = ternary.unpack(at("packed"), p.shape[0], cfg.weights, np)
-                yield p, i, (llama.to_half(codes.T, p, cfg), at("weight_scale"))
+                yield p, i, (llama.to_half(codes, p, cfg), at("weight_scale"))
             else:
                 yield p, i, llama.to_half(at(p.ours[-1]), p, cfg)
 

@@ -56,7 +56,7 @@ class Parameter(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """Ours lies [in, out]."""
-        return self.ours[-1] in ("kernel", "latent")
+        return self.ours[-1] == "kernel"
 
     def layers(self, cfg):
         """The numbers of the layers that have it; None: it is in none."""

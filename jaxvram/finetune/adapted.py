@@ -71,7 +71,17 @@ class Adapted:
 
 
 def adapted(model, finetune: FinetuneConfig):
-    """The model as `finetune` wants it; itself where nothing is added."""
+    """The model as `finetune` wants it; itself where nothing is added.
+
+    Raises:
+      UserError: its matrices are ternary, and `finetune` is for others.
+    """
+    ternary = getattr(model.cfg, "weights", None)
+    if ternary and (finetune.base == "nf4" or finetune.dora):
+        raise UserError("a BitNet's matrices are ternary: finetune.base=nf4 and finetune.dora are for a Llama's")
+    if finetune.method == "none" and ternary not in (None, "latent"):
+        which = f"model.weights={ternary} are packed, and not trained"
+        raise UserError(f"{which}: set finetune.method=lora, or model.weights=latent")
     return model if finetune.method == "none" else Adapted(model, finetune)
 
 

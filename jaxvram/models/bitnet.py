@@ -14,8 +14,8 @@ sample from, or as the base of a LoRA. Sampling from latent ones packs them once
 From a trained Llama (`train.init_from` with anneal_steps = N): at step n, x and W are rounded min(n / N, 1) of the way, as
 in transformers' recipe for fine-tuning to 1.58 bits; such a run multiplies in the compute dtype and keeps what that takes.
 
-Backward, with remat='none': streams, q, k, v, o in the compute dtype, and codes in int8; the MLP is computed again, its
-products being of integers. Kept is 0.47 of what a Llama keeps (docs/bitnet.md).
+Backward, with remat='none': both streams, q, k, v, o in the compute dtype, and codes in int8; the MLP is computed again, its
+products being of integers. That is 14 D bytes a token and layer; a Llama keeps 34 D at the 700M's widths (docs/bitnet.md).
 Read: transformers 5.24 modeling_bitnet and integrations/bitnet, Microsoft's training tips (unilm, bitnet).
 """
 
@@ -84,7 +84,7 @@ class BitNetConfig(LlamaConfig):
 
 
 class BitLinear(Linear):
-    """y = Q([norm(x)]) Q(W) [+ b]; `mix`: rounded only so far."""
+    """y = Q([norm(x)]) Q(W)^T [+ b]; `mix`: rounded only so far."""
 
     weights: str = "latent"
     norm_epsilon: float | None = None  # of the norm inside; None: there is none
@@ -94,7 +94,7 @@ class BitLinear(Linear):
     @nn.compact
     def __call__(self, x_xD):
         x_xD = x_xD.astype(self.dtype)
-        shape = (x_xD.shape[-1], self.features)
+        shape = (self.features, x_xD.shape[-1])  # (out, in): see kernels/bit_linear.py
         if self.norm_epsilon is not None:
             x_xD = RMSNorm(self.norm_epsilon, self.dtype, self.param_dtype, name="rms_norm")(x_xD)
         if self.weights != "latent":
@@ -102,12 +102,12 @@ class BitLinear(Linear):
             scale = self.param("weight_scale", lambda key: pack_latent(self._fresh(key, shape), self.weights)[1])
             y_xF = packed_linear(x_xD, packed, scale, self.features, self.weights, self.implementation)
         else:
-            latent_DxF = self.param("latent", self._fresh, shape)
+            latent_FxD = self.param("latent", self._fresh, shape)
             if self.mix is None:
-                y_xF = bit_linear(x_xD, latent_DxF)
+                y_xF = bit_linear(x_xD, latent_FxD)
             else:
-                x_xD, w_DxF = mixed(x_xD, latent_DxF, self.mix)
-                y_xF = product(x_xD, w_DxF.astype(self.dtype))
+                x_xD, w_FxD = mixed(x_xD, latent_FxD, self.mix)
+                y_xF = product(x_xD, w_FxD.astype(self.dtype).T)
         if self.use_bias:
             y_xF += self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(self.dtype)
         return y_xF
@@ -116,10 +116,10 @@ class BitLinear(Linear):
         return self.kernel_init(key, shape, self.param_dtype)
 
 
-def pack_latent(latent_DxF, weights: str):
+def pack_latent(latent_FxD, weights: str):
     """(packed uint8 (R, D), its scale) of one matrix as it is trained."""
-    codes_DxF, scale = ternary.codes_of(latent_DxF)
-    return ternary.pack(codes_DxF.T, weights), scale
+    codes_FxD, scale = ternary.codes_of(latent_FxD)
+    return ternary.pack(codes_FxD, weights), scale
 
 
 def _dense(cfg: BitNetConfig, features: int, use_bias: bool, mix) -> BitLinear:
@@ -154,7 +154,13 @@ class BitNetAttention(LlamaAttention):
         o_BxTxHxK = super().attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, **options)
         if self.cfg.norms != "subln":
             return o_BxTxHxK
-        return self.attn_sub_norm(o_BxTxHxK.reshape(*o_BxTxHxK.shape[:2], -1)).reshape(o_BxTxHxK.shape)
+
+        def normed(attn, o_BxTxHxK):
+            return attn.attn_sub_norm(o_BxTxHxK.reshape(*o_BxTxHxK.shape[:2], -1)).reshape(o_BxTxHxK.shape)
+
+        if self.cfg.remat == "none":  # else it would keep o in another shape than the attention does, beside that
+            normed = nn.remat(normed, prevent_cse=self.cfg.unroll_layers)
+        return normed(self, o_BxTxHxK)
 
 
 class BitNetMLP(nn.Module):
@@ -221,6 +227,6 @@ def packed_params(params, weights: str):
         return params
     packed = {name: packed_params(leaf, weights) for name, leaf in params.items() if name != "latent"}
     if "latent" in params:
-        both = jax.lax.map(lambda latent_DxF: pack_latent(latent_DxF, weights), params["latent"])
+        both = jax.lax.map(lambda latent_FxD: pack_latent(latent_FxD, weights), params["latent"])
         packed |= dict(zip(("packed", "weight_scale"), both, strict=True))
     return packed

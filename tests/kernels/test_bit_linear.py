@@ -13,6 +13,7 @@ import pytest
 import quick
 from proof import CARDS, Case, check_machine_code, check_numerics, check_transforms
 
+from jaxvram.kernels import bit_linear as bit_linear_file
 from jaxvram.kernels import bit_linear_pallas, ternary
 from jaxvram.kernels.bit_linear import (
     bit_linear,
@@ -93,7 +94,7 @@ def test_what_does_not_belong_together():
     with pytest.raises(ValueError, match=r"x \(2, 8\) and \(2, 4\) bytes in 2bit do not belong to \(8, 8\) weights"):
         packed_linear(jnp.ones((2, 8)), jnp.zeros((2, 4), jnp.uint8), 1.0, 8, "2bit")
     with pytest.raises(ValueError, match=r"does not end in D=4"):
-        bit_linear(jnp.ones((2, 8)), jnp.ones((4, 8)))
+        bit_linear(jnp.ones((2, 8)), jnp.ones((8, 4)))
 
 
 def test_two_ways_to_the_same_integers():
@@ -101,10 +102,10 @@ def test_two_ways_to_the_same_integers():
     D = 4096
     a = np.full((2, D), -128, np.int8)
     a[1, ::2] = 127
-    b = np.where(np.arange(D)[:, None] % 3 == np.arange(3), 1, -1).astype(np.int8)
-    want = a.astype(np.int64) @ b.astype(np.int64)
+    b = np.where(np.arange(D) % 3 == np.arange(3)[:, None], 1, -1).astype(np.int8)
+    want = a.astype(np.int64) @ b.T.astype(np.int64)
     np.testing.assert_array_equal(integer_product(a, b), want)
-    np.testing.assert_array_equal(jax.lax.dot(a, b, preferred_element_type=jnp.int32), want)
+    np.testing.assert_array_equal(bit_linear_file._in_integers(a, b), want)
 
 
 def training_case(N, F, D, lead=()):
@@ -112,7 +113,7 @@ def training_case(N, F, D, lead=()):
     return Case(
         make=lambda random, dtype: (
             jnp.asarray(random.normal(size=(*lead, N, D)), dtype),
-            jnp.asarray(random.choice([-1.7, -0.2, 0.1, 1.4], (D, F)) + random.uniform(-0.05, 0.05, (D, F)), dtype),
+            jnp.asarray(random.choice([-1.7, -0.2, 0.1, 1.4], (F, D)) + random.uniform(-0.05, 0.05, (F, D)), dtype),
         ),
         call=lambda _, x, w: bit_linear(x, w),
         reference=bit_linear_reference,
@@ -130,18 +131,18 @@ def test_training_leading_axes_and_transforms():
     check_transforms(training_case(3, 10, 20))
 
 
-def numpys(x_NxD, w_DxF, g_NxF):
+def numpys(x_NxD, w_FxD, g_NxF):
     """y, dx and dW in fp64, from the paper's text."""
-    x, w, g = (a.astype(np.float64) for a in (x_NxD, w_DxF, g_NxF))
+    x, w, g = (a.astype(np.float64) for a in (x_NxD, w_FxD, g_NxF))
     i = 127 / np.maximum(np.abs(x).max(1, keepdims=True), 1e-5)
     q, s = np.clip(np.rint(x * i), -128, 127), max(np.abs(w).mean(), 1e-5)
     c = np.clip(np.rint(w / s), -1, 1)
-    return (q @ c) * s / i, g @ (s * c).T, (q / i).T @ g
+    return (q @ c.T) * s / i, g @ (s * c), g.T @ (q / i)
 
 
 def test_numpys_derivation():
     random = np.random.RandomState(3)
-    x, w, g = (random.normal(size=shape).astype(np.float32) for shape in ((9, 40), (40, 24), (9, 24)))
+    x, w, g = (random.normal(size=shape).astype(np.float32) for shape in ((9, 40), (24, 40), (9, 24)))
     y, pull = jax.vjp(bit_linear, x, w)
     for got, want in zip((y, *pull(jnp.asarray(g))), numpys(x, w, g), strict=True):
         assert quick.relative_error(got, want) < 1e-6
@@ -151,15 +152,15 @@ def test_numpys_derivation():
 def test_the_mix_is_between_full_precision_and_ternary(mix):
     """And its gradient goes straight through at every point of the way."""
     random = np.random.RandomState(4)
-    x, w = (random.normal(size=shape).astype(np.float32) for shape in ((3, 16), (16, 8)))
+    x, w = (random.normal(size=shape).astype(np.float32) for shape in ((3, 16), (8, 16)))
     (mixed_x, mixed_w), pull = jax.vjp(lambda x, w: mixed(x, w, mix), x, w)
-    rounded = numpys(np.eye(16, dtype=np.float32), w, np.zeros((16, 8)))[0]
+    rounded = numpys(np.eye(16, dtype=np.float32), w, np.zeros((16, 8)))[0].T
     np.testing.assert_allclose(mixed_w, w + mix * (rounded - w), atol=1e-6)
     assert (np.abs(mixed_x - x).max() > 1e-4) == (mix > 0)
     for got in pull((jnp.ones_like(x), jnp.ones_like(w))):
         np.testing.assert_array_equal(got, np.ones(got.shape))
     if mix == 1:
-        np.testing.assert_allclose(mixed_x @ mixed_w, bit_linear(x, w), atol=1e-5)
+        np.testing.assert_allclose(mixed_x @ mixed_w.T, bit_linear(x, w), atol=1e-5)
 
 
 def test_backward_keeps_a_byte_a_number():
@@ -207,11 +208,11 @@ def test_walks_are_split():
 def packed_case(N, F, D, storage):
     codes = some_codes(F, D)
     packed, scale = ternary.pack(codes, storage, np), jnp.float32(0.03)
-    w_DxF = jnp.asarray(0.03 * codes.T.astype(np.float32))
+    w_FxD = jnp.asarray(0.03 * codes.astype(np.float32))
 
     def reference(x_NxD):  # rounds x alone: W is what it is
-        rounded = x_NxD + jax.lax.stop_gradient(mixed(x_NxD, w_DxF, 1.0)[0] - x_NxD)
-        return jnp.dot(rounded, w_DxF, precision="highest")
+        rounded = x_NxD + jax.lax.stop_gradient(mixed(x_NxD, w_FxD, 1.0)[0] - x_NxD)
+        return jnp.dot(rounded, w_FxD.T, precision="highest")
 
     return Case(
         make=lambda random, dtype: (jnp.asarray(random.normal(size=(N, D)), dtype),),
@@ -234,11 +235,11 @@ def test_packed_transforms():
 def test_packed_is_what_was_trained():
     """Bit for bit: of the weights that bit_linear rounds, the codes and their scale give the same numbers."""
     random = np.random.RandomState(5)
-    x, w = random.normal(size=(6, 48)).astype(np.float32), random.normal(size=(48, 30)).astype(np.float32)
+    x, w = random.normal(size=(6, 48)).astype(np.float32), random.normal(size=(30, 48)).astype(np.float32)
     codes, scale = jax.jit(ternary.codes_of)(w)  # NumPy adds up in another order: the last bit of its mean is another
     want = jax.jit(bit_linear)(x, w)
     for storage in STORAGE:
-        packed = ternary.pack(codes.T, storage)
+        packed = ternary.pack(codes, storage)
         for implementation in ("xla", "interpret"):
             run = jax.jit(functools.partial(packed_linear, features=30, storage=storage, implementation=implementation))
             np.testing.assert_array_equal(run(x, packed, scale), want)
@@ -276,7 +277,7 @@ def test_machine_code(card, storage, rows):
 @pytest.mark.parametrize("card", CARDS)
 def test_the_trained_product_is_of_integers(card):
     """In the program for a card, the forward product is of int8 with sums of int32, the two behind it of bf16."""
-    args = shape_of((256, 128), jnp.bfloat16), shape_of((128, 384), jnp.float32)
+    args = shape_of((256, 128), jnp.bfloat16), shape_of((384, 128), jnp.float32)
     loss = lambda x, w: jnp.square(bit_linear(x, w).astype(jnp.float32)).sum()
     found = compile_for(cards.find(card), jax.value_and_grad(loss, (0, 1)), args).module.instructions
     dots = [(*(found[o].shape.dtype for o in i.operands), i.shape.dtype) for i in found.values() if i.opcode == "dot"]

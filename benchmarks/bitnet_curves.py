@@ -1,0 +1,102 @@
+"""Trains a BitNet and a Llama of equal size on the offline text, and draws both losses: docs/bitnet_curves.png.
+
+  python benchmarks/bitnet_curves.py [--steps=1000] [--out=docs/bitnet_curves.png]          # some 20 minutes on 2 cores
+
+The same batches, seed, widths, schedule (two stages, decay up to halfway) and optimizer; each its own learning rate, since
+ternary weights take a larger one: in the paper 1.5e-3 and 2.5e-4 at 700M. `subln` has two norms a layer more.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+
+import jax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jaxvram import modes  # noqa: E402
+from jaxvram import recipe as recipes  # noqa: E402
+from jaxvram.models.llama import LlamaConfig  # noqa: E402
+from jaxvram.train import metrics  # noqa: E402
+from jaxvram.train.loop import Loop  # noqa: E402
+
+SIZE = {"vocab_size": 0, "block_size": 128, "n_layer": 4, "n_embd": 128, "n_inner": 384, "n_head": 4, "n_kv_head": 4}
+SIDES = {"full precision": ("llama", 3e-3), "BitNet b1.58": ("subln", 5e-3)}
+LAST = 50  # steps whose mean is the final loss
+
+
+def recipe_of(kind: str, learning_rate: float, steps: int):
+    """configs/bitnet.py:tiny, on characters, a little larger; or a Llama of that size."""
+    config, name, variant = recipes.load(f"{ROOT}/configs/bitnet.py:tiny")
+    config.model.update(SIZE)
+    config.data.tokenizer = "char"
+    config.optimizer.update(learning_rate=learning_rate, warmup_steps=min(50, steps // 4))
+    config.train.update(steps=steps, batch_size=16, log_every=1)
+    config.eval.update(every=0, batches=40)
+    config.checkpoint.best = False
+    config.sample.update(max_new_tokens=1, num_samples=1)
+    built = recipes.build(config, name, variant)
+    if kind == "llama":
+        fields = {field.name: getattr(built.model, field.name) for field in dataclasses.fields(LlamaConfig)}
+        groups = dict(built.optimizer.groups)
+        groups["decayed"] = dataclasses.replace(groups["decayed"], params=r".*(kernel|embedding)")
+        groups["plain"] = dataclasses.replace(groups["plain"], params=r".*(bias|scale)")
+        optimizer = dataclasses.replace(built.optimizer, groups=groups)
+        return dataclasses.replace(built, model=LlamaConfig(**fields), optimizer=optimizer)
+    groups = dict(built.optimizer.groups)
+    groups["decayed"] = dataclasses.replace(groups["decayed"], params=r".*(latent|kernel|embedding)")
+    optimizer = dataclasses.replace(built.optimizer, groups=groups)
+    return dataclasses.replace(built, model=dataclasses.replace(built.model, norms=kind), optimizer=optimizer)
+
+
+def train(kind: str, learning_rate: float, steps: int) -> tuple[list[float], float]:
+    """(training losses, the loss on held-out text after the last step)."""
+    recipe = recipe_of(kind, learning_rate, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        held_out = Loop(recipe, modes.make_task(recipe), pathlib.Path(folder) / "run").run()
+        lines = metrics.read(pathlib.Path(folder) / "run")
+    return [line["loss"] for line in lines if "split" not in line], held_out["loss"]
+
+
+def draw(curves: dict, out: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, (losses, held_out) in curves.items():
+        window = max(1, len(losses) // 50)
+        smooth = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+        axes.plot(range(1, len(losses) + 1), smooth, label=f"{name}: {held_out:.3f} held out")
+    axes.axvline(len(losses) / 2, color="0.7", linewidth=1, linestyle=":")
+    axes.set(xlabel="step (dotted: the second stage begins)", ylabel="training loss, nats a character", ylim=(None, 3.2))
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs/bitnet_curves.png")
+    parser.add_argument("--rates", nargs=2, type=float, help="of full precision, and of BitNet")
+    options = parser.parse_args()
+    curves = {}
+    for i, (name, (kind, rate)) in enumerate(SIDES.items()):
+        rate = options.rates[i] if options.rates else rate
+        curves[name] = train(kind, rate, options.steps)
+        losses, held_out = curves[name]
+        print(json.dumps({"model": name, "learning_rate": rate, "last": statistics.fmean(losses[-LAST:]), "val": held_out}))
+        sys.stdout.flush()
+        jax.clear_caches()
+    draw(curves, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
