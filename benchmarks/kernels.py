@@ -3,8 +3,8 @@
   python benchmarks/kernels.py [--out=benchmarks/results/kernels_CARD.json]      # under 8 minutes
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 weights,
-the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, retention, RWKV-7's recurrence and products with NF4 and with
+packed ternary weights, the same: ours, and the XLA path. Nothing is timed whose result differs from the definition's in fp32
 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is taken within a round.
 """
 
@@ -22,7 +22,9 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jaxvram.kernels import ternary  # noqa: E402
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
+from jaxvram.kernels.bit_linear import mixed, packed_linear  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
 from jaxvram.kernels.retention import log_gammas, retention_parallel  # noqa: E402
@@ -42,6 +44,7 @@ SCALAR_DECAY = [(2, 2048, 1, 24, 64, 128)]  # B, T, G, H, P, N
 RETENTION = [(4, 2048, 4, 432, 256), (8, 2048, 32, 256, 256)]  # B, T, H, P, N; the latter as flash-linear-attention has it
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
+PACKED_LINEAR = [(1, 8640, 3200, "2bit"), (1, 8640, 3200, "base3"), (64, 8640, 3200, "2bit")]  # N, F, D, storage
 OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS, LIMIT_SECONDS = 7, 0.15, 7 * 60
 RMS_LIMIT = 1e-2
@@ -131,6 +134,18 @@ def nf4_linear_sides(N, F, D):
     return {name: y(name) for name in OURS_AND_XLA}, lambda x: nf4_linear_reference(x, weight, F), (x_NxD,), 1
 
 
+def packed_linear_sides(N, F, D, storage):
+    """Beside the same codes in a bf16 matrix, which is what full precision would read."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    codes, scale = ternary.codes_of(jax.random.normal(keys[0], (F, D)))
+    packed, w_FxD = ternary.pack(codes, storage), (codes * scale).astype(jnp.bfloat16)
+    y = lambda name: lambda x: packed_linear(x, packed, scale, F, storage, name)
+    rounded = lambda x: x + jax.lax.stop_gradient(mixed(x, codes, 1.0)[0] - x)
+    sides = {name: y(name) for name in OURS_AND_XLA} | {"bf16": lambda x: rounded(x) @ w_FxD.T}
+    x_NxD = jax.random.normal(keys[1], (N, D), jnp.bfloat16)
+    return sides, lambda x: rounded(x) @ (codes * scale).T, (x_NxD,), 1
+
+
 def measure(sides, reference, args, count: int) -> dict:
     """Errors of each side, and the median time of each of its two programs in microseconds."""
     in_fp32 = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
@@ -191,6 +206,7 @@ def cases() -> list[tuple]:
         "retention": (retention_sides, RETENTION),
         "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
+        "packed_linear": (packed_linear_sides, PACKED_LINEAR),
     }
     return [
         (f"{kind} {shape}", functools.partial(sides, *shape)) for kind, (sides, shapes) in kinds.items() for shape in shapes

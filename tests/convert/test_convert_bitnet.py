@@ -21,7 +21,7 @@ from jaxvram.kernels import ternary
 from jaxvram.models.bitnet import NORMS, BitNet, BitNetConfig, packed_params
 
 CFG = BitNetConfig(**dataclasses.asdict(LLAMA))
-GGUF = dataclasses.replace(CFG, n_embd=256, n_inner=512, n_layer=2, head_dim=8, tie_head=True)  # rows of whole blocks
+GGUF = dataclasses.replace(CFG, n_embd=256, n_inner=512, n_layer=2, head_dim=64, tie_head=True)  # rows of whole blocks
 TOKENS = np.random.RandomState(2).randint(0, CFG.vocab_size, (2, 12))
 UP = "model.layers.1.mlp.up_proj.weight"
 

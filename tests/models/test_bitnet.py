@@ -110,7 +110,7 @@ def test_causal_by_gradient(norms):
     def hidden_at_10(delta_BxTxD):
         def add(next_fun, args, kwargs, at):
             out = next_fun(*args, **kwargs)
-            return out + delta_BxTxD if at.module.name == "embed_tokens" else out
+            return out + delta_BxTxD if (at.module.name, at.method_name) == ("embed_tokens", "__call__") else out
 
         with nn.intercept_methods(add):
             return model.apply({"params": params}, tokens())[0][:, 10].sum()
@@ -156,24 +156,24 @@ def test_remat_changes_nothing(norms):
     assert max(jax.tree.leaves(jax.tree.map(quick.relative_error, gradients("full"), gradients("none")))) < 1e-5
 
 
-def kept_bytes(model, cfg):
-    """By the backward pass of a batch of 1 x 2048, beside the parameters, as JAX hands it over."""
+def kept_by_token(model, cfg):
+    """What the backward pass of 1 x 2048 tokens is handed by JAX that has an entry a token and layer, and its bytes."""
     params, batch = shapes_of(model(cfg)), jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     kept = jax.eval_shape(lambda p, t: jax.vjp(lambda p: loss_of(cfg, model)(p, t), p)[1], params, batch)
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return kept, size(kept) - size(params)
+    kept = [x for x in jax.tree.leaves(kept) if 2048 in x.shape and x.shape[0] == cfg.n_layer]
+    return kept, sum(x.size * x.dtype.itemsize for x in kept)
 
 
 @pytest.mark.parametrize("norms", NORMS)
 def test_it_keeps_less_than_a_llama(norms):
     """At the 700M's widths, without remat: at most 0.6 of a Llama's, whose rounded weights are not even counted."""
     sizes = SIZES["700m"] | {"n_layer": 2, "vocab_size": 512, "remat": "none"}
-    kept, ours = kept_bytes(BitNet, BitNetConfig(**sizes, norms=norms))
-    their_kept, theirs = kept_bytes(Llama, LlamaConfig(**sizes))
-    weights = sum(2 * x.size for x in jax.tree.leaves(their_kept) if x.dtype == jnp.bfloat16 and 2048 not in x.shape)
-    assert ours < 0.6 * (theirs - weights) and ours < 20 * 1536 * 2048 * 2
-    assert not [x for x in jax.tree.leaves(kept) if x.shape[-1] == 4096 and 2048 in x.shape]  # nothing of the MLP's width
-    assert {x.dtype for x in jax.tree.leaves(kept) if x.shape[-2:] == (2048, 1536)} >= {jnp.dtype("int8")}
+    kept, ours = kept_by_token(BitNet, BitNetConfig(**sizes, norms=norms))
+    _, theirs = kept_by_token(Llama, LlamaConfig(**sizes))
+    each = 2 * 2048 * 1536  # XLA finds that q, k and v read the same codes: 14 D of these bytes are there on a card
+    assert ours < 0.6 * 34 * each < 0.6 * theirs and ours <= {"inside": 18.1, "subln": 16.1, "llama": 18.1}[norms] * each
+    assert not [x for x in kept if x.shape[-1] == 4096]  # nothing of the MLP's width
+    assert sum(x.dtype == jnp.int8 for x in kept) == 4
 
 
 def train_step(cfg, learning_rate=0.0):
