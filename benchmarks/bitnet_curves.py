@@ -44,15 +44,8 @@ def recipe_of(kind: str, learning_rate: float, init_std: float, steps: int):
     built = recipes.build(config, name, variant)
     if kind == "llama":
         fields = {field.name: getattr(built.model, field.name) for field in dataclasses.fields(LlamaConfig)}
-        groups = dict(built.optimizer.groups)
-        groups["decayed"] = dataclasses.replace(groups["decayed"], params=r".*(kernel|embedding)")
-        groups["plain"] = dataclasses.replace(groups["plain"], params=r".*(bias|scale)")
-        optimizer = dataclasses.replace(built.optimizer, groups=groups)
-        return dataclasses.replace(built, model=LlamaConfig(**fields), optimizer=optimizer)
-    groups = dict(built.optimizer.groups)
-    groups["decayed"] = dataclasses.replace(groups["decayed"], params=r".*(latent|kernel|embedding)")
-    optimizer = dataclasses.replace(built.optimizer, groups=groups)
-    return dataclasses.replace(built, model=dataclasses.replace(built.model, norms=kind), optimizer=optimizer)
+        return dataclasses.replace(built, model=LlamaConfig(**fields))
+    return dataclasses.replace(built, model=dataclasses.replace(built.model, norms=kind))
 
 
 def train(kind: str, learning_rate: float, init_std: float, steps: int) -> dict:

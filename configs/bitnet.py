@@ -8,16 +8,16 @@
     --config.model.anneal_steps=1000 --config.optimizer.learning_rate=1e-4          # and its sizes
 
   variant  parameters  card      time             planned peak  what to expect
-  700m         778 M   RTX 4070  5 weeks for 10B   9.0 GiB      perplexity on C4 after 100B tokens of another text: 12.87,
-                                                                a Llama's 12.33 (the paper)
-  3b         3,427 M   RTX 4070  to sample, or a LoRA on instructions: hours
-                                                   2.6 GiB      9.91 and 10.04
-  tiny           1 M   2 cores   2 minutes         0.2 GiB      training loss from 10.8 to 5.5 on Python's help text
+  700m         757 M   RTX 4070  4 weeks for 10B   7.9 GiB      not published for 10B tokens; the paper, after 100B of other
+                                                                text: perplexity 12.87, a Llama's 12.33
+  3b         3,427 M   RTX 4070  11 hours          2.1 GiB      the paper, before: 9.91, a Llama's 10.04
+  tiny         6.5 M   2 cores   3 minutes         0.2 GiB      training loss from 10.8 to TINYLOSS on Python's help text
 
 The 700m trains its matrices in fp32, with Adam's moments in 8 bits; the batch is half of the authors' million tokens, made
-of single rows. The 3b reads packed matrices, 1.6 bits a weight: what is trained is a LoRA beside them. Times on a GPU are
-arithmetic, not measurements: 6 N FLOPs a token and 2 N for what remat makes again, at 40 % of the card's 58 TFLOP/s in bf16;
-the forward products, of int8, may do better. Nobody has trained either to the end here.
+of single rows. The 3b reads packed matrices, 1.6 bits a weight, to sample from (1.4 GiB) and for a LoRA on instructions
+beside them. Times on a GPU are arithmetic, not measurements: 6 N FLOPs a token and 2 N for what remat makes again (of a
+LoRA 4 N and 2 N), at 40 % of the card's 58 TFLOP/s in bf16; the forward products, of int8, may do better. Nobody has
+trained either to the end here.
 """
 
 from jaxvram import recipe
@@ -57,7 +57,7 @@ def get_config(variant="auto"):
             second_peak_fraction=2 / 3,  # 1e-3
             weight_decay_until=0.5,
             groups={
-                "decayed": ParamGroup(r".*(latent|embedding)", weight_decay=0.1),
+                "decayed": ParamGroup(r".*(latent|kernel|embedding)", weight_decay=0.1),
                 "plain": ParamGroup(r".*(bias|scale)"),
             },
         ),

@@ -47,6 +47,12 @@ def params_of(cfg=CFG):
 
 
 @functools.cache
+def packed(weights):
+    """The parameters with their matrices packed."""
+    return quick.jit(lambda params: packed_params(params, weights))(params_of())
+
+
+@functools.cache
 def runner(cfg=CFG):
     model = BitNet(cfg)
     return quick.jit(lambda params, tokens, state=None: model.apply({"params": params}, tokens, state))
@@ -123,7 +129,7 @@ def test_causal_by_gradient(norms):
 def test_cached_equals_whole(cuts):
     """Of packed weights, which is how it decodes; against latent ones, all at once."""
     cfg = with_(weights="base3")
-    params = packed_params(params_of(), "base3")
+    params = packed("base3")
     whole = runner()(params_of(), tokens())[0]
     state, parts = BitNet(cfg).apply({"params": params}, B, method="initial_state"), []
     for start, length in zip(np.cumsum((0, *cuts[:-1])), cuts, strict=True):
@@ -138,7 +144,7 @@ def test_sampling_packs_latent_weights():
     prompt, key = tokens()[:, :3], jax.random.key(0)
     drawn = generate(BitNet(CFG), params_of(), prompt, key, **options)
     cfg = with_(weights="base3")
-    np.testing.assert_array_equal(generate(BitNet(cfg), packed_params(params_of(), "base3"), prompt, key, **options), drawn)
+    np.testing.assert_array_equal(generate(BitNet(cfg), packed("base3"), prompt, key, **options), drawn)
     assert BitNet(CFG).decoder.cfg.weights == "2bit" and BitNet(cfg).decoder.cfg == cfg
     text = str(jax.make_jaxpr(functools.partial(generate, BitNet(CFG), **options))(params_of(), prompt, key))
     assert "u8[2,6,16]" in text  # gate and up: 24 rows of codes in 6 of bytes
@@ -195,10 +201,9 @@ def test_annealing_goes_by_the_step(quick_compile):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     task = LanguageTask(BitNet(cfg), None, LanguageConfig(), SampleConfig())
-    at = lambda n: task.loss(params_of(cfg), batch | {"step": jnp.full(B, n)})
-    want = [float(at(n)[0] / at(n)[1]) for n in range(6)]
-    np.testing.assert_allclose(losses, want, rtol=1e-5)
-    total, weight, _ = task.loss(params_of(cfg), batch)
+    at = jax.jit(lambda n: task.loss(params_of(cfg), batch | {"step": jnp.full(B, n)})[0] / (B * T))
+    np.testing.assert_allclose(losses, [at(n) for n in range(6)], rtol=1e-5)
+    total, weight, _ = jax.jit(lambda: task.loss(params_of(cfg), batch))()
     np.testing.assert_allclose(losses[4:], [total / weight] * 2, rtol=1e-4)
     assert len({round(loss, 4) for loss in losses[:5]}) == 5
     llama = LlamaConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(LlamaConfig)})
@@ -206,7 +211,7 @@ def test_annealing_goes_by_the_step(quick_compile):
     for module in ("attn", "mlp"):
         for leaves in plain["layers"][module].values():
             leaves["kernel"] = leaves.pop("latent")
-    np.testing.assert_allclose(losses[0], loss_of(llama, Llama)(plain, tokens()) / (B * T), rtol=1e-5)
+    np.testing.assert_allclose(losses[0], jax.jit(loss_of(llama, Llama))(plain, tokens()) / (B * T), rtol=1e-5)
 
 
 def test_only_what_anneals_reads_the_step():
@@ -219,7 +224,7 @@ def test_a_lora_beside_packed_weights(quick_compile):
     finetune = FinetuneConfig(method="lora", rank=2, alpha=8.0)
     cfg = with_(weights="2bit")
     model = adapted(BitNet(cfg), finetune)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = quick.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(jax.random.key(0))
     is_added = lambda path: finetune.trains("/".join(key.key for key in path))
     added = {path for path, _ in jax.tree.leaves_with_path(params) if is_added(path)}
     assert len(added) == 14
