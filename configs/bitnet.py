@@ -74,8 +74,9 @@ def get_config(variant="auto"):
     if variant == "tiny":
         c.model.update(block_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, n_inner=192)
         c.model.update(remat="none", dtype="float32", unroll_layers=True, tie_head=False)
+        c.model.init_std = 0.1  # 1 / sqrt(D), almost: of smaller weights a step is too large a part
         c.data.dataset = "offline"
-        c.optimizer.update(name="adamw", learning_rate=4e-3, warmup_steps=20)
+        c.optimizer.update(name="adamw", learning_rate=3e-3, warmup_steps=20)
         c.train.update(steps=300, batch_size=8, microbatch_size=0, log_every=10)
         c.eval.update(every=100, batches=10)
         c.sample.max_new_tokens = 60
