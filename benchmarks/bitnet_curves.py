@@ -2,7 +2,8 @@
 
   python benchmarks/bitnet_curves.py [--steps=500] [--only='BitNet b1.58']          # some 10 minutes on 2 cores
 
-The same batches, seed, widths, schedule (two stages, decay up to halfway) and optimizer. `subln` has two norms a layer more.
+The same batches, seed, widths, starting deviation, rate, schedule (two stages, decay up to halfway) and optimizer; `subln`
+has two norms a layer more.
 Losses are kept in benchmarks/results/bitnet_curves.json; with --only the other side's are those of before.
 """
 
@@ -26,7 +27,7 @@ from jaxvram.train import metrics  # noqa: E402
 from jaxvram.train.loop import Loop  # noqa: E402
 
 SIZE = {"vocab_size": 0, "block_size": 128, "n_layer": 4, "n_embd": 128, "n_inner": 384, "n_head": 4, "n_kv_head": 4}
-SIDES = {"full precision": ("llama", 3e-3, 0.02), "BitNet b1.58": ("subln", 4e-3, 0.09)}  # norms, rate, init_std
+SIDES = {"full precision": ("llama", 4e-3, 0.09), "BitNet b1.58": ("subln", 4e-3, 0.09)}  # norms, rate, init_std
 RESULTS = ROOT / "benchmarks/results/bitnet_curves.json"
 LAST = 50  # steps whose mean is the final loss
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import checkpoints
 import gguf
@@ -14,6 +15,7 @@ import safetensors.numpy
 from checkpoints import assert_equal, edit_config, edit_weights, logits_of
 from tiny_llama import CFG as LLAMA
 
+from jaxvram import modes
 from jaxvram.convert import bitnet as convert
 from jaxvram.convert import llama
 from jaxvram.errors import UserError
@@ -208,6 +210,22 @@ def test_another_model(fields, message, tmp_path):
     convert.save(params_of(CFG), CFG, tmp_path / "m")
     with pytest.raises(UserError, match=message):
         convert.load_params(tmp_path / "m", with_(**fields))
+
+
+def test_who_may_be_exported_as_ternary():
+    """Only a BitNet, and one that began in full precision only when it has got there."""
+    asked = lambda **options: types.SimpleNamespace(**{"storage": None, "out": "folder"} | options)
+    of = lambda cfg: types.SimpleNamespace(model=cfg)
+    with pytest.raises(UserError, match="a bitnet's ternary matrices; this recipe's model is 'llama'"):
+        modes._storage(of(LLAMA), asked(storage="2bit"), 10)
+    with pytest.raises(UserError, match="this recipe's model is 'llama'"):
+        modes._storage(of(LLAMA), asked(out="m.gguf"), 10)
+    assert modes._storage(of(LLAMA), asked(), 10) == {}
+    annealed = of(with_(anneal_steps=10))
+    with pytest.raises(UserError, match=r"step 9 of model.anneal_steps=10: .* not trained as ternary ones yet"):
+        modes._storage(annealed, asked(storage="2bit"), 9)
+    assert modes._storage(annealed, asked(storage="latent"), 9) == {"storage": "latent"}
+    assert modes._storage(annealed, asked(storage="2bit"), 10) == {"storage": "2bit"}
 
 
 def test_a_damaged_scale(tmp_path):
