@@ -4,11 +4,11 @@
   python benchmarks/kernels.py --only='wkv|retention'                            # these; the file keeps its other rows
 
 Attention, forward and forward + backward: ours, the XLA path, and jax.nn.dot_product_attention(implementation='cudnn').
-Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, the recurrences of RWKV and products with NF4 weights, the
-same: ours, and the XLA path. Retention: both our forms, whichever `retention` would take at that length, and the XLA path.
-Grouped products of a mixture of experts: jax.lax.ragged_dot as well. Nothing is timed whose result differs from the
-definition's in fp32 by more than bf16 explains. The sides take turns, each turn long enough to swamp a launch; a ratio is
-taken within a round.
+Linear cross-entropy, Mamba's selective scan, Mamba-2's chunks, the recurrences of RWKV, products with NF4 and with packed
+ternary weights, the same: ours, and the XLA path. Retention: both our forms, whichever `retention` would take at that
+length, and the XLA path. Grouped products of a mixture of experts: jax.lax.ragged_dot as well. Nothing is timed whose result
+differs from the definition's in fp32 by more than bf16 explains. The sides take turns, each turn long enough to swamp a
+launch; a ratio is taken within a round.
 """
 
 import argparse
@@ -30,7 +30,9 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jaxvram.kernels import ternary  # noqa: E402
 from jaxvram.kernels.attention import attention, attention_reference  # noqa: E402
+from jaxvram.kernels.bit_linear import mixed, packed_linear  # noqa: E402
 from jaxvram.kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference  # noqa: E402
 from jaxvram.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
 from jaxvram.kernels.nf4 import nf4_linear, nf4_linear_reference, quantize  # noqa: E402
@@ -60,6 +62,7 @@ WKV6 = [(8, 1024, 12, 64, False), (8, 1024, 12, 64, True)]  # B, T, H, N, whethe
 WKV7 = [(16, 512, 12, 64)]  # B, T, H, N
 NF4_LINEAR = [(1, 11008, 4096), (64, 11008, 4096)]  # N, F, D
 GROUPED_MATMUL = [(16384, 768, 2048, 8), (16384, 768, 2048, 64)]  # N, D, F, E
+PACKED_LINEAR = [(1, 8640, 3200, "2bit"), (1, 8640, 3200, "base3"), (64, 8640, 3200, "2bit")]  # N, F, D, storage
 OURS_AND_XLA = ("pallas", "xla")
 ROUNDS, TURN_SECONDS = 7, 0.06
 RMS_LIMIT = 1e-2
@@ -185,6 +188,18 @@ def grouped_matmul_sides(N, D, F, E):
     return sides, lambda x, w: grouped_matmul_reference(x, w, sizes_E), (x_NxD, w_ExDxF), 2
 
 
+def packed_linear_sides(N, F, D, storage):
+    """Beside the same codes in a bf16 matrix, which is what full precision would read."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    codes, scale = ternary.codes_of(jax.random.normal(keys[0], (F, D)))
+    packed, w_FxD = ternary.pack(codes, storage), (codes * scale).astype(jnp.bfloat16)
+    y = lambda name: lambda x: packed_linear(x, packed, scale, F, storage, name)
+    rounded = lambda x: x + jax.lax.stop_gradient(mixed(x, codes, 1.0)[0] - x)
+    sides = {name: y(name) for name in OURS_AND_XLA} | {"bf16": lambda x: rounded(x) @ w_FxD.T}
+    x_NxD = jax.random.normal(keys[1], (N, D), jnp.bfloat16)
+    return sides, lambda x: rounded(x) @ (codes * scale).T, (x_NxD,), 1
+
+
 @dataclasses.dataclass
 class Compiled:
     """The programs of a case: `wanted` gives the definition's results in fp32, `programs[side]` is forward and both ways."""
@@ -272,6 +287,7 @@ def cases() -> list[tuple]:
         "wkv7": (wkv7_sides, WKV7),
         "nf4_linear": (nf4_linear_sides, NF4_LINEAR),
         "grouped_matmul": (grouped_matmul_sides, GROUPED_MATMUL),
+        "packed_linear": (packed_linear_sides, PACKED_LINEAR),
     }
     return [
         (f"{kind} {shape}", functools.partial(sides, *shape)) for kind, (sides, shapes) in kinds.items() for shape in shapes

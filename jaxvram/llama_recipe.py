@@ -14,15 +14,15 @@ from jaxvram.train.step import TrainConfig
 SMALL = {"smol": ("smollm2-135m", "chatml"), "tiny": ("smollm2-135m", "plain")}  # for two cores
 
 
-def fine_tuning(size: str, prompt_style: str, finetune: FinetuneConfig, learning_rate: float) -> ConfigDict:
+def fine_tuning(size, prompt_style: str, finetune: FinetuneConfig, learning_rate: float) -> ConfigDict:
     """500 steps of 16 rows of 2048 tokens on instructions, a row at a time.
 
     Args:
-      size: of models.llama.SIZES.
+      size: of models.llama.SIZES; or the configuration of a Llama, or of what is built on one.
       prompt_style: how the model was taught to talk.
     """
     return recipe.new(
-        model=LlamaConfig(
+        model=size if isinstance(size, LlamaConfig) else LlamaConfig(
             **SIZES[size],
             block_size=2048,  # T
             remat="full",

@@ -24,7 +24,8 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
   --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
                   --search=batch|context: the largest that fits, of both; --measure: both run on this machine instead,
                   memory and time on its GPU, time alone without one
-  --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft
+  --mode=export   a checkpoint as a folder of transformers or diffusers (--out=DIR); --adapter: what was added, for peft;
+                  of a BitNet --storage=latent|2bit, or a file for llama.cpp (--out=FILE.gguf --storage=tq2_0|tq1_0)
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=build    dense Llamas to the experts of a mixture (--input=EXPERTS.toml --out=DIR; docs/moe.md)
   --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR) or a binidx pair, or a folder of images to latents
@@ -147,6 +148,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("format", "shards", "For prepare: shards (llm.c's; of char, nanoGPT's files) or binidx (Megatron's pair).")
     about = "For export: write what fine-tuning added, as a folder of peft's, instead of the merged model."
     flags.DEFINE_boolean("adapter", False, about, flag_values=values)
+    text("storage", None, "For export of a BitNet, how its matrices lie: latent or 2bit; in a .gguf file tq2_0 or tq1_0.")
     text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")
     text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")

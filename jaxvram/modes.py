@@ -111,10 +111,33 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
         source.save_official(params, task.model.cfg, options.out)
         print(f"step {step} of {workdir} as an official checkpoint: {options.out}")
         return 0
-    source.save(params, task.model.cfg, options.out)
+    how = _storage(recipe, options, step)
+    source.save(params, task.model.cfg, options.out, **how)
+    if pathlib.Path(options.out).is_file():
+        print(f"step {step} of {workdir} as a GGUF file: {options.out}")
+        return 0
     _add_companions(recipe.train.init_from, options.out)
     print(f"step {step} of {workdir} as a Hugging Face folder: {options.out}")
     return 0
+
+
+def _storage(recipe, options, step: int) -> dict:
+    """What --storage asks a converter for.
+
+    Raises:
+      UserError: the model has no ternary matrices, or has not come to have them yet.
+    """
+    kind = name_of(recipe.model)
+    if kind != "bitnet":
+        if options.storage or pathlib.Path(options.out).suffix == ".gguf":
+            raise UserError(f"--storage and .gguf are for a bitnet's ternary matrices; this recipe's model is {kind!r}")
+        return {}
+    if options.storage != "latent" and step < recipe.model.anneal_steps:
+        raise UserError(
+            f"step {step} of model.anneal_steps={recipe.model.anneal_steps}: these weights are not trained as ternary ones "
+            "yet; train on, or export them --storage=latent"
+        )
+    return {"storage": options.storage}
 
 
 def _add_companions(weights: str, folder: str) -> None:

@@ -7,6 +7,7 @@ brought into the model's. A table of ours may have rows of padding.
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -52,6 +53,15 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]  # theirs
     heads: int = 0  # whose channels RoPE turns
 
+    @property
+    def is_matrix(self) -> bool:
+        """Ours lies [in, out]."""
+        return self.ours[-1] == "kernel"
+
+    def layers(self, cfg):
+        """The numbers of the layers that have it; None: it is in none."""
+        return range(cfg.n_layer) if "{}" in self.hf else (None,)
+
     def name(self, source) -> str:
         return self.gguf if isinstance(source, GGUFFile) else self.hf
 
@@ -66,17 +76,22 @@ def load_params(folder_or_file, cfg: LlamaConfig, put: Callable | None = None) -
     Raises:
       UserError: the weights are incomplete or damaged, or of another model than `cfg`; the message names the overrides.
     """
-    put = put or (lambda path, array: array)
-    params, stacked = {}, None
-    for path, layer, array in tensors(folder_or_file, cfg):
+    return stacked(tensors(folder_or_file, cfg), cfg, put or (lambda path, array: array))
+
+
+def stacked(parts, cfg: LlamaConfig, put: Callable, dtypes=types.MappingProxyType({})) -> dict:
+    """The tree of what `tensors` yields. `dtypes`: of leaves by their name, where they are not in cfg.param_dtype."""
+    params, growing = {}, {}
+    for path, layer, array in parts:
+        dtype = dtypes.get(path[-1], cfg.param_dtype)
         if layer is None:
-            _put(params, path, put(path, np.array(array, cfg.param_dtype, order="C")))
+            _put(params, path, put(path, np.array(array, dtype, order="C")))
             continue
         if layer == 0:
-            stacked = np.empty((cfg.n_layer, *array.shape), cfg.param_dtype)
-        stacked[layer] = array
+            growing[path] = np.empty((cfg.n_layer, *array.shape), dtype)
+        growing[path][layer] = array
         if layer == cfg.n_layer - 1:
-            _put(params, path, put(path, stacked))
+            _put(params, path, put(path, growing.pop(path)))
     return params
 
 
@@ -88,21 +103,28 @@ def tensors(folder_or_file, cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...],
 
     Raises: as load_params.
     """
-    source = _open(folder_or_file)
+    source = open_source(folder_or_file, "llama")
     is_gguf = isinstance(source, GGUFFile)
-    tied = _check_gguf(source, cfg) if is_gguf else _check_folder(source, cfg)
-    parameters = all_parameters(cfg)
-    if tied and not cfg.tie_head:  # the head starts as a copy of the table
-        table = parameters[0]
-        parameters[-1] = parameters[-1]._replace(hf=table.hf, gguf=table.gguf)
-    if not is_gguf and "model.embed_tokens.weight" not in source and "embed_tokens.weight" in source:
-        parameters = [p._replace(hf=p.hf.removeprefix("model.")) for p in parameters]
-    layers = lambda p: range(cfg.n_layer) if "{}" in p.hf else (None,)
-    wanted = dict.fromkeys(p.name(source).format(i) for p in parameters for i in layers(p))
-    check_names(source.path, source.names, wanted, HARMLESS)
+    tied = check_gguf(source, cfg) if is_gguf else check_folder(source, cfg)
+    found = as_named_there(source, parameters(cfg), cfg, tied)
     layout = "interleaved" if is_gguf else "half"
     read = lambda p, i: to_ours(source.tensor(p.name(source).format(i), p.shape), p, cfg, layout)
-    return ((p.ours, i, read(p, i)) for p in parameters for i in layers(p))
+    return ((p.ours, i, read(p, i)) for p in found for i in p.layers(cfg))
+
+
+def as_named_there(source, found: list[Parameter], cfg: LlamaConfig, tied: bool, more: Callable = lambda p: ()):
+    """The parameters with the names that `source` has for them. `more`: other names that belong to one of its own.
+
+    Raises:
+      UserError: some are missing, or there are others.
+    """
+    if tied and not cfg.tie_head:  # the head starts as a copy of the table
+        found = [*found[:-1], found[-1]._replace(hf=found[0].hf, gguf=found[0].gguf)]
+    if not isinstance(source, GGUFFile) and "model.embed_tokens.weight" not in source and "embed_tokens.weight" in source:
+        found = [p._replace(hf=p.hf.removeprefix("model.")) for p in found]
+    names = [name.format(i) for p in found for name in (p.name(source), *more(p)) for i in p.layers(cfg)]
+    check_names(source.path, source.names, dict.fromkeys(names), HARMLESS)
+    return found
 
 
 def save(params, cfg: LlamaConfig, folder) -> None:
@@ -115,16 +137,16 @@ def save(params, cfg: LlamaConfig, folder) -> None:
     """
     params = jax.tree.map(np.asarray, params)
     theirs = {}
-    for p in all_parameters(cfg):
+    for p in parameters(cfg):
         array = params
         for name in p.ours:
             array = array[name]
         layers = enumerate(array) if "{}" in p.hf else [(None, array)]
         theirs |= {p.hf.format(i): to_half(a, p, cfg) for i, a in layers}
-    write_folder(folder, _config_json(cfg), theirs)
+    write_folder(folder, config_json(cfg), theirs)
 
 
-def all_parameters(cfg: LlamaConfig) -> list[Parameter]:
+def parameters(cfg: LlamaConfig) -> list[Parameter]:
     """Every parameter: the table first, a head of its own last."""
     D, F, V, HK, GK = cfg.n_embd, cfg.n_inner, cfg.vocab_size, cfg.n_head * cfg.key_size, cfg.n_kv_head * cfg.key_size
     found = [Parameter(("embed_tokens", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (V, D))]
@@ -149,35 +171,37 @@ def all_parameters(cfg: LlamaConfig) -> list[Parameter]:
 
 
 def to_ours(array, p: Parameter, cfg: LlamaConfig, layout: str):
+    """One layer, of a source whose rows of W_q and W_k lie in `layout`, as we have it."""
     if p.heads and layout != cfg.rope_layout:
-        array = _reordered(array, p.heads, cfg.rope_layout)
+        array = reordered(array, p.heads, cfg.rope_layout)
     if p.ours[0] in ("embed_tokens", "lm_head") and cfg.table_rows > cfg.vocab_size:
         array = np.concatenate([array, np.zeros((cfg.table_rows - cfg.vocab_size, cfg.n_embd), array.dtype)])
-    return array.T if p.ours[-1] == "kernel" else array
+    return array.T if p.is_matrix else array
 
 
 def to_half(array, p: Parameter, cfg: LlamaConfig):
     """One layer as a Hugging Face folder has it."""
-    array = array.T if p.ours[-1] == "kernel" else array
+    array = array.T if p.is_matrix else array
     if p.heads and cfg.rope_layout != "half":
-        array = _reordered(array, p.heads, "half")
+        array = reordered(array, p.heads, "half")
     return array[: p.shape[0]]
 
 
-def _reordered(array, heads: int, to: str):
+def reordered(array, heads: int, to: str):
     """Rows of W_q or W_k (or entries of its bias): a head's pairs brought together (`interleaved`), or parted (`half`)."""
     half = array.shape[0] // heads // 2
     parted = (2, half) if to == "interleaved" else (half, 2)
     return array.reshape(heads, *parted, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _open(folder_or_file):
+def open_source(folder_or_file, *kinds: str, gguf: str = "llama"):
+    """The folder, whose model goes by one of `kinds`, or the file, of that architecture."""
     path = pathlib.Path(folder_or_file).expanduser()
     if path.suffix == ".gguf":
-        return GGUFFile(path, "llama")
+        return GGUFFile(path, gguf)
     if path.is_dir() and not (path / CONFIG).exists() and (found := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} holds GGUF files; name the one to read, as init_from={found[0]}")
-    return HuggingFaceFolder(path, "llama")
+    return HuggingFaceFolder(path, *kinds)
 
 
 def config_of(folder) -> LlamaConfig:
@@ -190,23 +214,28 @@ def config_of(folder) -> LlamaConfig:
     return LlamaConfig(**fields, tie_head=tied)
 
 
-def _check_folder(source: HuggingFaceFolder, cfg: LlamaConfig) -> bool:
-    """Raises a UserError where config.json is not of `cfg`; True where the head is the table."""
-    fields, tied = _fields_of(source)
-    _check_fields(source, fields, cfg, tied)
+def check_folder(source: HuggingFaceFolder, cfg: LlamaConfig, defaults=DEFAULTS, fixed=FIXED, more=None) -> bool:
+    """Raises a UserError where config.json is not of `cfg`; True where the head is the table.
+
+    Args:
+      defaults, fixed: of another model than Llama.
+      more: what config.json says of further fields of `cfg`.
+    """
+    fields, tied = _fields_of(source, defaults, fixed)
+    _check_fields(source, fields | (more or {}), cfg, tied)
     return tied
 
 
-def _fields_of(source: HuggingFaceFolder) -> tuple[dict, bool]:
+def _fields_of(source: HuggingFaceFolder, defaults=DEFAULTS, fixed=FIXED) -> tuple[dict, bool]:
     """(what config.json says, in our names; is the head the table)."""
-    theirs = DEFAULTS | source.config
+    theirs = defaults | source.config
     if theirs.get("num_key_value_heads") is None:
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
     source.check_sizes(theirs, [hf for hf, _ in SIZE_OF.values()])
     scaling = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theta = scaling.get("rope_theta", theirs.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    fixed = {"rope_type": ("default", "llama3"), **FIXED}
+    fixed = {"rope_type": ("default", "llama3"), **fixed}
     source.check_fixed({**theirs, "rope_type": kind}, fixed, "Llama as we know it")
     wanted = {ours: theirs[hf] for ours, (hf, _) in SIZE_OF.items()}
     wanted |= {"head_dim": theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]}
@@ -221,7 +250,7 @@ def _fields_of(source: HuggingFaceFolder) -> tuple[dict, bool]:
     return wanted | as_ours, bool(theirs["tie_word_embeddings"])
 
 
-def _check_gguf(source: GGUFFile, cfg: LlamaConfig) -> bool:
+def check_gguf(source: GGUFFile, cfg: LlamaConfig) -> bool:
     """The same for a GGUF header."""
     wanted = {ours: source.value(key) for ours, (_, key) in SIZE_OF.items()}
     if wanted["vocab_size"] is None:
@@ -278,7 +307,7 @@ def _shortest(x) -> float:
     return float(str(np.float32(x)))
 
 
-def _config_json(cfg: LlamaConfig) -> dict:
+def config_json(cfg: LlamaConfig) -> dict:
     scaling = None
     if cfg.rope_factor != 1:
         scaling = {"rope_type": "llama3"} | {theirs: getattr(cfg, ours) for ours, theirs in SCALING_OF.items()}

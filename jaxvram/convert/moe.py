@@ -186,7 +186,7 @@ def _of_every_expert(folder_or_file, cfg: MoEConfig):
 
 def _rest(cfg: MoEConfig) -> list[llama.Parameter]:
     """All but experts and routers; the table first, a head of its own last."""
-    return [p for p in llama.all_parameters(cfg) if p.ours[:2] != ("layers", "mlp")]
+    return [p for p in llama.parameters(cfg) if p.ours[:2] != ("layers", "mlp")]
 
 
 def _prefix(fused: bool) -> str:

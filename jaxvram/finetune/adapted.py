@@ -71,7 +71,17 @@ class Adapted:
 
 
 def adapted(model, finetune: FinetuneConfig):
-    """The model as `finetune` wants it; itself where nothing is added."""
+    """The model as `finetune` wants it; itself where nothing is added.
+
+    Raises:
+      UserError: `finetune` is for other models: not for ternary matrices, or for a mixture's routers alone.
+    """
+    ternary = getattr(model.cfg, "weights", None)
+    if ternary and (finetune.base == "nf4" or finetune.dora):
+        raise UserError("a BitNet's matrices are ternary: finetune.base=nf4 and finetune.dora are for a Llama's")
+    if finetune.method == "none" and ternary not in (None, "latent"):
+        which = f"model.weights={ternary} are packed, and not trained"
+        raise UserError(f"{which}: set finetune.method=lora, or model.weights=latent")
     if finetune.method == "router" and not hasattr(model.cfg, "n_expert"):
         raise UserError("finetune.method=router trains the routers of a mixture of experts; this model has none")
     return Adapted(model, finetune) if finetune.adds else model

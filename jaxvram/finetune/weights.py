@@ -71,7 +71,7 @@ def merged(model: Adapted, params) -> dict:
     """The parameters of the plain model, equal to the adapted one: LoRAs added to their matrices, NF4 written out.
 
     Raises:
-      UserError: the method adds what has no place in a matrix (adapters).
+      UserError: the method adds what has no place in a matrix (adapters), or the matrices are ternary.
     """
     method = model.finetune.method
     if method.startswith("adapter"):
@@ -81,6 +81,8 @@ def merged(model: Adapted, params) -> dict:
         modules.setdefault(path[:-1], {})[path[-1]] = leaf
     plain = {}
     for path, leaves in modules.items():
+        if "lora_A" in leaves and {"packed", "latent"} & leaves.keys():
+            raise UserError("a LoRA beside ternary matrices has no place in them; export it by itself: --adapter")
         if {"nf4", "lora_A"} & leaves.keys():
             leaves = _layers_merged(model.finetune, leaves, shapes[*path, "kernel"])
         plain |= {(*path, name): leaf for name, leaf in leaves.items()}

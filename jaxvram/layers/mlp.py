@@ -42,7 +42,11 @@ ACTIVATIONS = {
 
 # Of two inputs, act(gate) * up: Shazeer 2020, arXiv:2002.05202
 swiglu = from_input_alone(lambda gate, up: jax.nn.silu(gate) * up)
-GATED = {"swish": swiglu, "gelu": from_input_alone(lambda gate, up: gelu(gate) * up)}
+GATED = {
+    "swish": swiglu,
+    "gelu": from_input_alone(lambda gate, up: gelu(gate) * up),
+    "relu2": from_input_alone(lambda gate, up: jnp.square(jax.nn.relu(gate)) * up),  # So et al. 2021, arXiv:2109.08668
+}
 
 
 class MLP(nn.Module):

@@ -1,5 +1,6 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.bitnet import BitNet, BitNetConfig
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
 from jaxvram.models.llama import Llama, LlamaConfig
@@ -16,6 +17,7 @@ MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
     "llama": (Llama, LlamaConfig),
+    "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),
     "mamba2": (Mamba2, Mamba2Config),
     "moe": (MoE, MoEConfig),

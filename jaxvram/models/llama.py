@@ -188,12 +188,13 @@ class Llama(nn.Module):
     """Tokens to hidden states; the head is a method of its own, so that a loss need not make (B, T, V) logits."""
 
     cfg: LlamaConfig
+    block = Block  # no field: what a layer is
 
     def setup(self):
         cfg = self.cfg
         table_init = padded_normal(cfg.vocab_size, cfg.init_std)
         self.embed_tokens = Embed(cfg.table_rows, cfg.n_embd, table_init, cfg.dtype, cfg.param_dtype)
-        self.layers = Stack(Block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers)
+        self.layers = Stack(self.block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers)
         self.norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype)
         if not cfg.tie_head:
             self.lm_head = Head(cfg.vocab_size, cfg.table_rows, cfg.n_embd, cfg.param_dtype, cfg.init_std)
@@ -207,6 +208,10 @@ class Llama(nn.Module):
           segments_BxT: int32; a token sees those of its own segment alone. Examples packed into a row need no more than
             that: positions count by their differences. Without a state only.
         """
+        return self.hidden(tokens_BxT, state, deterministic, segments_BxT)
+
+    def hidden(self, tokens_BxT, state, deterministic, segments_BxT, *more):
+        """What __call__ returns; `more` is for the blocks of those that are Llamas with something on top."""
         T = tokens_BxT.shape[1]
         if T > self.cfg.block_size:
             raise ValueError(f"{T} tokens exceed block_size={self.cfg.block_size}")
@@ -215,7 +220,7 @@ class Llama(nn.Module):
         first = 0 if state is None else state.length[0]
         rotation = rope.rotation(first, T, self.cfg.rope_frequencies)
         x_BxTxD, state = self.layers(
-            self.embed_tokens(tokens_BxT), state, rotation, segments_BxT, deterministic=deterministic
+            self.embed_tokens(tokens_BxT), state, rotation, segments_BxT, *more, deterministic=deterministic
         )
         if not self.cfg.tie_head:
             self.lm_head.rows_VxD()  # else `init`, which only runs this method, would not make it

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvram.errors import UserError
-from jaxvram.sample.text import SampleConfig, cast_matrices, choose
+from jaxvram.sample.text import SampleConfig, choose, decoder, decoder_params
 
 
 class Stream:
@@ -23,7 +23,8 @@ class Stream:
     def __init__(self, model, params, cfg: SampleConfig, vocab_size: int):
         self.context, self.cfg, self._draws = model.context, cfg, 0
         self.seen: list[int] = []  # what the state holds
-        self._params = jax.jit(lambda params: cast_matrices(params, model.cfg.dtype))(params)
+        self._params = jax.jit(functools.partial(decoder_params, model))(params)
+        model = decoder(model)
         self._empty = jax.jit(lambda params: model.apply({"params": params}, 1, method="initial_state"))
         self._state = None
 

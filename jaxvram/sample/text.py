@@ -50,7 +50,7 @@ def generate(
     T = model.context or prompt_BxP.shape[1] + new_tokens
     prompt_BxP = prompt_BxP[:, -T:]
     B, P = prompt_BxP.shape
-    variables = {"params": cast_matrices(params, model.cfg.dtype)}
+    model, variables = decoder(model), {"params": decoder_params(model, params)}
     head_VxD = model.apply(variables, method="head_VxD")
     keys_N = jax.random.split(key, new_tokens)
 
@@ -99,6 +99,18 @@ def choose(key, logits_BxV, temperature: float, top_k: int, top_p: float):
         smallest_Bx1 = jnp.where(before_BxV < top_p, sorted_BxV, jnp.inf).min(-1, keepdims=True)
         logits_BxV = jnp.where(logits_BxV < smallest_Bx1, -jnp.inf, logits_BxV)
     return jax.random.categorical(key, logits_BxV, axis=-1)
+
+
+def decoder(model):
+    """The module that decodes for `model`: another one where its weights lie otherwise while they are not trained."""
+    return getattr(model, "decoder", model)
+
+
+def decoder_params(model, params):
+    """The parameters of `decoder(model)`, of those of `model`."""
+    if hasattr(model, "decoder_params"):
+        params = model.decoder_params(params)
+    return cast_matrices(params, model.cfg.dtype)
 
 
 def cast_matrices(params, dtype):

@@ -4,12 +4,13 @@ A task has `unit` and `units_per_example` (for rates), `data_identity`, `batch_s
 `loss(params, batch, key) -> (sum, weight, sums of metrics)`, `evaluation(params, batch, key) -> {name: (sum, weight)}` with
 "loss" among them, `check_samples()`, `show(params)` and `show_on_request(params) -> Samples`,
 `scores(params) -> {name: float}`, `sampling(params) -> (function, arguments)` for a plan; `SECTIONS`, the dataclasses of
-its sections of a recipe; and `of_recipe`.
+its sections of a recipe; and `of_recipe`. One whose loss changes with time has `reads_step`: batches of training then have a
+"step", as often as they have rows; those of an evaluation have none.
 """
 
 from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
-LANGUAGE_MODELS = ("gpt2", "llama", "mamba", "mamba2", "moe", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
+LANGUAGE_MODELS = ("gpt2", "llama", "bitnet", "mamba", "mamba2", "moe", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
 TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | {"dit": "diffusion"}  # by the model's name

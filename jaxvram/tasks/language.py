@@ -122,15 +122,26 @@ class LanguageTask:
         """(sum of nats, how many targets, what the layers told of their routers or {})."""
         targets_BxT = batch["targets"]
         if self.cfg.chunk_length in (0, targets_BxT.shape[1]):
-            nats, _, told_L = self._nats(params, batch["tokens"], targets_BxT, key, None, batch.get("segments"))
+            nats, _, told_L = self._nats(
+                params, batch["tokens"], targets_BxT, key, None, batch.get("segments"), self._mix(batch)
+            )
         else:
-            nats, told_L = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key)
+            nats, told_L = self._nats_by_chunk(params, batch["tokens"], targets_BxT, key, self._mix(batch))
         return nats, (targets_BxT >= 0).sum().astype(jnp.float32), told_L
 
-    def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None):
+    @property
+    def reads_step(self) -> bool:
+        """Does the loss change with time? Of a BitNet that began in full precision it does."""
+        return getattr(self.model.cfg, "anneal_steps", 0) > 0
+
+    def _mix(self, batch):
+        """How far weights and activations are rounded (models/bitnet.py); None: in full, and always where nobody trains."""
+        return self.model.cfg.mix_at(batch["step"][0]) if "step" in batch else None
+
+    def _nats(self, params, tokens_BxT, targets_BxT, key, state, segments_BxT=None, mix=None):
         """(sum of nats over the targets, the model's state after the last token, what the layers told or {})."""
         variables, rngs = {"params": params}, None if key is None else {"dropout": key}
-        options = {} if segments_BxT is None else {"segments_BxT": segments_BxT}
+        options = {name: x for name, x in (("segments_BxT", segments_BxT), ("mix", mix)) if x is not None}
         options |= {"deterministic": key is None, "rngs": rngs}
         if hasattr(self.model.cfg, "n_expert"):
             hidden_BxTxD, state, told_L = self.model.apply(variables, tokens_BxT, state, method="routed", **options)
@@ -144,7 +155,7 @@ class LanguageTask:
         loss_BxT, _ = linear_cross_entropy(hidden_BxTxD, head, targets_BxT, cfg.vocab_size, **options)
         return loss_BxT.sum(), state, told_L
 
-    def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key):
+    def _nats_by_chunk(self, params, tokens_BxT, targets_BxT, key, mix=None):
         """The same, `chunk_length` tokens at a time: the backward pass keeps a state a chunk, and makes each chunk again."""
         B, T = tokens_BxT.shape
         chunks = T // self.cfg.chunk_length
@@ -156,7 +167,7 @@ class LanguageTask:
             nats, state = carry
             if not self.cfg.chunk_gradient:
                 state = jax.lax.stop_gradient(state)
-            more, state, told_L = self._nats(params, *of_chunk, state)
+            more, state, told_L = self._nats(params, *of_chunk, state, mix=mix)
             return (nats + more, state), told_L
 
         empty = self.model.apply({"params": params}, B, method="initial_state")

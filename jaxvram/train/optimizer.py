@@ -29,15 +29,20 @@ LINEAR_DECAY = {  # minGPT: the weights of linear layers alone
 }
 
 
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "two_stage")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = "adamw"  # adamw | adamw_8bit | lion | adafactor (factored second moments) | adafactor_momentum (and a first)
     learning_rate: float = 6e-4  # peak
-    schedule: str = "cosine"  # cosine | linear | constant | wsd (constant, then 1 - sqrt over the last part)
+    schedule: str = "cosine"  # cosine | linear | constant | wsd (constant, then 1 - sqrt over the last part) | two_stage
     warmup_steps: int = 0  # from learning_rate / (warmup_steps + 1), linearly
     decay_steps: int = 0  # step at which the final rate is reached; 0: the last step
     final_lr_fraction: float = 0.1  # of the peak
     wsd_decay_fraction: float = 0.2  # of decay_steps, for wsd only
+    second_peak_fraction: float = 2 / 3  # two_stage: the peak, of the first, of the line that it goes on from halfway
+    weight_decay_until: float = 1.0  # part of decay_steps after which no weight decays
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -49,7 +54,7 @@ class OptimizerConfig:
     def __post_init__(self):
         for field, valid in (
             ("name", ("adamw", "adamw_8bit", "lion", "adafactor", "adafactor_momentum")),
-            ("schedule", ("cosine", "linear", "constant", "wsd")),
+            ("schedule", SCHEDULES),
             ("mu_dtype", ("float32", "bfloat16")),
         ):
             if (value := getattr(self, field)) not in valid:
@@ -62,12 +67,17 @@ class OptimizerConfig:
             raise UserError(f"optimizer.groups.{reserved.pop()} has a sign_rate: give it another name")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise UserError("optimizer: b1 and b2 must be in [0, 1)")
-        if not (0 <= self.final_lr_fraction <= 1 and 0 <= self.wsd_decay_fraction <= 1):
-            raise UserError("optimizer: final_lr_fraction and wsd_decay_fraction must be in [0, 1]")
+        for field in ("final_lr_fraction", "wsd_decay_fraction", "second_peak_fraction", "weight_decay_until"):
+            if not 0 <= (value := getattr(self, field)) <= 1:
+                raise UserError(f"optimizer.{field}={value} is not in [0, 1]")
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the number of updates made so far (nanoGPT's get_lr, llm.c's wsd)."""
+    """Learning rate as a function of the number of updates made so far (nanoGPT's get_lr, llm.c's wsd).
+
+    two_stage is BitNet b1.58's: up to half of decay_steps the line from the peak to the final rate at the last step, then
+    that from a lower peak, so that the rate falls by a step halfway.
+    """
     peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_lr_fraction
     end = cfg.decay_steps or total_steps
     span = max(end - cfg.warmup_steps, 1)
@@ -75,6 +85,10 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
         main = optax.cosine_decay_schedule(peak, span, alpha=cfg.final_lr_fraction)
     elif cfg.schedule == "linear":
         main = optax.linear_schedule(peak, final, span)
+    elif cfg.schedule == "two_stage":
+        lines = [optax.linear_schedule(top, final, span) for top in (peak, cfg.second_peak_fraction * peak)]
+        halfway = end // 2 - cfg.warmup_steps
+        main = lambda step: jax.numpy.where(step < halfway, *(line(step) for line in lines))
     elif cfg.schedule == "constant":
         main = optax.constant_schedule(peak)
     else:  # wsd
@@ -101,16 +115,19 @@ def make_optimizer(cfg: OptimizerConfig, params, total_steps: int):
     label_of = group_labels(cfg.groups, params)
     groups = cfg.groups
 
-    def decay_and_multiply(updates, params):
+    def decay_and_multiply(updates, params, decays=1):
         def of_leaf(g, u, p):
             # Not `0 * p`: XLA merges that zero with those in which gradients begin, and then holds them to the end.
-            u = u + groups[g].weight_decay * p if groups[g].weight_decay else u
+            u = u + decays * groups[g].weight_decay * p if groups[g].weight_decay else u
             return u if groups[g].lr_multiplier == 1 else groups[g].lr_multiplier * u
 
         return jax.tree.map(of_leaf, label_of, updates, params)
 
+    decay = optax.stateless(decay_and_multiply)
+    if cfg.weight_decay_until < 1:
+        decay = _of_step(decay_and_multiply, round(cfg.weight_decay_until * (cfg.decay_steps or total_steps)))
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm > 0 else []
-    tx = optax.chain(*clip, _direction(cfg), optax.stateless(decay_and_multiply), optax.scale_by_learning_rate(schedule))
+    tx = optax.chain(*clip, _direction(cfg), decay, optax.scale_by_learning_rate(schedule))
     fates = {name: _fate(name, group) for name, group in groups.items()}
     if set(fates.values()) != {"trained"}:
         fate = jax.tree.map(fates.get, label_of)
@@ -128,6 +145,16 @@ def _fate(name: str, group: ParamGroup) -> str:
 
 def _by_sign(rate: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda g: -rate * jax.numpy.sign(g), updates))
+
+
+def _of_step(decay_and_multiply, last: int) -> optax.GradientTransformation:
+    """What decays up to the update of that number, and counts them."""
+
+    def update(updates, count, params):
+        decays = (count.count < last).astype(jax.numpy.float32)
+        return decay_and_multiply(updates, params, decays), optax.ScaleByScheduleState(count.count + 1)
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jax.numpy.zeros((), "int32")), update)
 
 
 def _direction(cfg: OptimizerConfig) -> optax.GradientTransformation:

@@ -80,6 +80,8 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: b
 
     def train_step(state: TrainState, batch):
         key = jax.random.fold_in(stream, state.step + state.data_offset)
+        if getattr(task, "reads_step", False):
+            batch = batch | {"step": jnp.full(cfg.batch_size, state.step)}
         loss, grads, metrics = loss_and_gradients(task, state.params, batch, key, cfg.microbatches, state.frozen)
         grad_norm = optax.tree.norm(grads)
         good, guard = judge(state.guard, loss, grad_norm, cfg.guard)

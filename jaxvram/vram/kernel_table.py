@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxvram.kernels import (
     attention_pallas,
+    bit_linear_pallas,
     grouped_matmul_pallas,
     linear_cross_entropy_pallas,
     nf4,
@@ -19,6 +20,7 @@ from jaxvram.kernels import (
     retention_pallas,
     scalar_decay_pallas,
     selective_scan_pallas,
+    ternary,
     wkv4_pallas,
     wkv6_pallas,
     wkv7_pallas,
@@ -27,6 +29,7 @@ from jaxvram.kernels.attention import attention
 from jaxvram.kernels.attention_mask import Rule
 from jaxvram.kernels.attention_xla import Scores
 from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.bit_linear import packed_linear
 from jaxvram.kernels.grouped_matmul import grouped_matmul
 from jaxvram.kernels.linear_cross_entropy import chunk_length, linear_cross_entropy
 from jaxvram.kernels.retention import log_gammas, retention_tiled
@@ -243,6 +246,20 @@ def grouped_matmul_probe(what: str, N, D, F, E) -> Probe:
     return Probe(f"{what} {N} rows in {E} groups, {D} -> {F}", fn, args, work)
 
 
+def packed_probe(what: str, N, F, D, storage: str) -> Probe:
+    """bf16 in and out; int8 products. Bytes are read by each block of rows, sums written and read once for each split."""
+    R = ternary.packed_rows(F, storage)
+    tile, splits = bit_linear_pallas.plan(N, R, D)
+    moved = -(-N // tile.rows) * R * D + N * D + 4 * N * F * splits
+    args = (
+        jax.ShapeDtypeStruct((N, D), jnp.bfloat16), jax.ShapeDtypeStruct((R, D), jnp.uint8),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )  # fmt: skip
+    fn = lambda x, packed, scale: packed_linear(x, packed, scale, F, storage)
+    work = {f"packed_linear_{storage}": Work(tile, 2 * N * F * D, moved)}
+    return Probe(f"{what} {N} x {D} -> {F}, ternary weights in {storage}", fn, args, work)
+
+
 def probes() -> list[Probe]:
     return [
         attention_probe("GPT-2", 8, 1024, 1024, 12, 12, 64),
@@ -263,6 +280,9 @@ def probes() -> list[Probe]:
         grouped_matmul_probe("Grok, 8 experts", 16384, 768, 2048, 8),
         nf4_probe("Llama, one token", 1, 11008, 4096, backward=False),
         nf4_probe("Llama", 64, 11008, 4096),
+        packed_probe("BitNet 3B, one token", 1, 8640, 3200, "2bit"),
+        packed_probe("BitNet 3B, one token", 1, 8640, 3200, "base3"),
+        packed_probe("BitNet 3B", 64, 8640, 3200, "2bit"),
     ]
 
 

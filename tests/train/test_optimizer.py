@@ -296,3 +296,32 @@ def test_a_group_with_a_sign_rate_moves_by_the_sign_alone():
     assert sum(x.size for x in jax.tree.leaves(state)) < 2 * 6 + 6, "an offset has no moments"
     with pytest.raises(UserError, match=r"optimizer\.groups\.frozen has a sign_rate"):
         OptimizerConfig(groups={"frozen": ParamGroup(r".*", sign_rate=0.01)})
+
+
+def test_two_stages():
+    """BitNet's: two lines to the same end, the second from a lower peak, taken halfway; warm-up before."""
+    cfg = OptimizerConfig(
+        learning_rate=3.0, schedule="two_stage", warmup_steps=10, final_lr_fraction=0.0, second_peak_fraction=2 / 3
+    )
+    rate = jax.vmap(make_schedule(cfg, 110))(jnp.arange(111))
+    line = lambda peak, n: peak * (1 - (n - 10) / 100)
+    n = np.arange(111)
+    np.testing.assert_allclose(rate[10:55], line(3, n[10:55]), rtol=1e-5)
+    np.testing.assert_allclose(rate[55:], line(2, n[55:]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rate[:10], 3 / 11 + (3 - 3 / 11) * n[:10] / 10, rtol=1e-5)
+
+
+def test_weight_decay_ends_halfway():
+    zero = lambda n: jax.tree.map(jnp.zeros_like, PARAMS)
+    groups = {"all": ParamGroup(".*", weight_decay=0.1)}
+    cfg = OptimizerConfig(learning_rate=0.5, schedule="constant", groups=groups, decay_steps=6, weight_decay_until=0.5)
+    for steps in (2, 3, 5):
+        after, _ = run(cfg, steps, zero)
+        factor = 0.95 ** min(steps, 3)
+        jax.tree.map(lambda p, q: np.testing.assert_allclose(q, factor * p, rtol=1e-5), PARAMS, after)  # noqa: B023
+
+
+def test_fractions_are_fractions():
+    for field in ("final_lr_fraction", "wsd_decay_fraction", "second_peak_fraction", "weight_decay_until"):
+        with pytest.raises(UserError, match=rf"optimizer.{field}=1.5 is not in \[0, 1\]"):
+            OptimizerConfig(**{field: 1.5})
