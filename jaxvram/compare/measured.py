@@ -51,7 +51,7 @@ def compare(recipe, task, python: str | None = None, progress=lambda line: None)
     ask_torch(())  # what is wrong there is told in seconds, not after minutes of ours
     seen = nvidia_smi.look(visible_gpu()) if gpu else None
     ours = {
-        name: _ask_ours(of, protocol, environment, seen, lambda line, name=name: progress(f"{name}: {line}"))
+        name: ask_ours(of, protocol, environment, seen, lambda line, name=name: progress(f"{name}: {line}"))
         for name, of in sides.ours(recipe).items()
     }
     answer = ask_torch(pytorch_side.variants_of(recipe.model, "measured"))
@@ -79,7 +79,7 @@ def visible_gpu() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
-def _ask_ours(recipe, protocol: dict, environment: dict, seen, progress) -> dict:
+def ask_ours(recipe, protocol: dict, environment: dict, seen, progress) -> dict:
     """Our side's answer; `seen` is what nvidia-smi said before anything ran."""
     request = protocol | {"kind": name_of(recipe.model), "recipe": recipe.as_dict(), "gpu": visible_gpu()}
     request["used_bytes"] = seen.used_bytes if seen else None
