@@ -4,8 +4,8 @@
   python benchmarks/gpu_steps.py rwkv7:0.1b grok:8x124m       # these; the file keeps its other rows
 
 The step that a run compiles, on random examples, each recipe in a process of its own (jaxvram/compare/measured_side.py),
-with two microbatches a step at the most, as from the second on all are alike. benchmarks/gpu_memory.py has PyTorch beside it,
-for models that have a twin. Rows go to benchmarks/results/gpu_steps_CARD.json as they come.
+with two microbatches a step at the most, as from the second on all are alike. benchmarks/gpu_memory.py has PyTorch beside
+it, for models that have a twin. Rows go to benchmarks/results/gpu_steps_CARD.json as they come.
 """
 
 import argparse
