@@ -21,9 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
-from jaxvram.compare.pytorch_side import TWINS  # noqa: E402
-from jaxvram.compare.sides import OURS, OURS_8BIT, at_once, best_of_torch, is_ours, label, like, unexplained  # noqa: E402
-from jaxvram.models import name_of  # noqa: E402
+from jaxvram.compare.pytorch_side import without_twin  # noqa: E402
+from jaxvram.compare.sides import OURS, at_once, best_of_torch, is_ours, label, like, unexplained  # noqa: E402
 from jaxvram.recipe import build, load  # noqa: E402
 from jaxvram.vram.cards import GIB  # noqa: E402
 
@@ -37,13 +36,13 @@ BEGIN, END = "<!-- table: benchmarks/memory_table.py -->", "<!-- end -->"
 
 
 def recipes() -> list[str]:
-    """configs/NAME.py:VARIANT of every variant whose header says that it is for the card, of models that PyTorch has."""
+    """configs/NAME.py:VARIANT of every variant whose header says that it is for the card, if PyTorch has its like."""
     found = []
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if name_of(build(*load(str(path))).model) not in TWINS:
-            continue
         header = path.read_text().split('"""')[1]
-        found += [f"{path.stem}:{name}" for name in re.findall(r"^  ([\w.]+) .* RTX 4070 .* GiB", header, re.M)]
+        for name in re.findall(r"^  ([\w.]+) .* RTX 4070 .* GiB", header, re.M):
+            recipe = build(*load(f"{path}:{name}"))
+            found += [] if without_twin(recipe.model, recipe.finetune) else [f"{path.stem}:{name}"]
     return found
 
 
@@ -79,8 +78,9 @@ def table(records: dict) -> str:
         peak = lambda name, record=record: record["sides"].get(name, {}).get("peak_bytes")
         gib = lambda count: "-" if count is None else f"{count / GIB:.2f}"
         ratio = lambda a, b: "-" if None in (a, b) else f"{a / b:.2f}"
-        ours, eager, in_8bit = peak(OURS), peak("eager"), peak(OURS_8BIT)
+        ours, eager = peak(OURS), peak("eager")
         best, best_8bit = (peak(best_of_torch(record, eight_bit)) for eight_bit in (False, True))
+        in_8bit = best_8bit and like(record, "8bit")["peak_bytes"]  # the first itself, of a recipe that is in 8 bits
         cells = [f"`{recipe}`", at_once(record), gib(eager), gib(best), f"**{gib(ours)}**", ratio(ours, eager)]
         cells += [ratio(ours, best), gib(best_8bit), gib(in_8bit), ratio(in_8bit, best_8bit)]
         lines.append(f"| {' | '.join(cells)} |")

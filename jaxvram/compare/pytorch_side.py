@@ -14,7 +14,12 @@ INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers pef
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
 NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
-TWINS = ("gpt2", "llama", *NO_ATTENTION, "dit")  # models of which a library that installs has PyTorch's
+TWINS = ("gpt2", "llama", "bitnet", "moe", *NO_ATTENTION, "dit")  # of which a library that installs has PyTorch's
+MIXTRAL = {  # transformers' mixture, in our fields
+    "router": "softmax", "renormalise": True, "n_shared_expert": 0, "balance_per_sequence": False, "balance_offsets": False,
+    "capacity_factor": 0, "sandwich_norm": False, "attention_soft_cap": 0, "scale_embedding": False,
+    "output_multiplier": 1, "attention_bias": False,
+}  # fmt: skip
 COMPILED = "compile"  # its memory is known to its compiler alone: to be measured
 
 
@@ -26,8 +31,8 @@ def request_of(recipe, cfg) -> dict:
     Raises:
       UserError: there is nothing in PyTorch to ask for.
     """
-    if name_of(cfg) not in TWINS:
-        raise UserError(f"no twin of {name_of(cfg)} in PyTorch is known (valid: {', '.join(TWINS)}); plan ours: --mode=plan")
+    if why := without_twin(cfg, recipe.finetune):
+        raise UserError(f"no twin of {name_of(cfg)} in PyTorch is known: {why}; plan ours: --mode=plan")
     optimizer = {name: getattr(recipe.optimizer, name) for name in ("name", "learning_rate", "b1", "b2", "eps", "clip_norm")}
     return {
         "way": "planned",
@@ -41,6 +46,23 @@ def request_of(recipe, cfg) -> dict:
         },
         "variants": variants_of(cfg),
     }
+
+
+def without_twin(cfg, finetune) -> str:
+    """Why there is nothing in PyTorch to stand beside a model as it is trained; empty: there is."""
+    kind, method = name_of(cfg), finetune.method
+    if kind not in TWINS:
+        return f"there are those of {', '.join(TWINS)}"
+    if kind == "moe" and (odd := [name for name, value in MIXTRAL.items() if getattr(cfg, name) != value]):
+        said = f"model.{odd[0]}={getattr(cfg, odd[0])}"
+        return f"transformers has of mixtures Mixtral, and none that trains with {said} (Grok-1 was never in it)"
+    if kind == "bitnet" and cfg.weights != "latent":
+        return f"through model.weights={cfg.weights} no gradient passes in transformers' packed layers"
+    if kind == "bitnet" and cfg.anneal_steps:
+        return "transformers' layers round all the way from the start, without model.anneal_steps"
+    if method != "none" and (kind, method) != ("moe", "router") and (kind != "llama" or method == "router"):
+        return f"of it there is none with finetune.method={method}"
+    return ""
 
 
 def variants_of(cfg, way: str = "planned") -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Request:
   way         planned (fake tensors and PyTorch's memory tracker; no GPU is needed) | measured (on a GPU)
-  model       kind (gpt2, llama, mamba, mamba2, retnet, rwkv4, rwkv7, dit) and the fields of its config in jaxvram/models
+  model       kind (of requested.py's KINDS) and the fields of its config in jaxvram/models
   finetune    null, or the fields of jaxvram/finetune/config.py's FinetuneConfig
   step        batch_size, microbatch_size (0: the whole), optimizer {name, learning_rate, b1, b2, eps, clip_norm}, ema
   variants    names of requested.py's VARIANTS
@@ -76,7 +76,7 @@ def answer_to(text: str) -> dict:
 def needed(request) -> list[str]:
     """Libraries without which nothing can be answered."""
     names = ["torch", *OF_KIND.get(request.model["kind"], ("transformers",))]
-    if request.finetune:
+    if request.finetune and request.finetune["method"] != "router":
         names.append("peft")
         names += ["bitsandbytes"] if request.finetune["base"] == "nf4" else []
     return names

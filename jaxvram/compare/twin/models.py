@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
+import mixtures
 import recurrent
+import ternary
 import torch
 from requested import NO_FLASH
 
@@ -50,7 +52,9 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
         twin = _retnet(model, device)
     else:
         twin = _language_model(model, finetune, variant, device)
-        if finetune:
+        if finetune and finetune["method"] == "router":
+            mixtures.routers_alone(twin.model)
+        elif finetune:
             from finetuning import fine_tuned
 
             twin = fine_tuned(twin, finetune, model, device, fake)
@@ -86,7 +90,8 @@ def _language_model(fields: dict, finetune: dict | None, variant, device: str) -
     import transformers
 
     describe = {
-        "gpt2": _gpt2, "llama": _llama, "mamba": _mamba, "mamba2": _mamba2, "rwkv4": _rwkv4, "rwkv7": _rwkv7,
+        "gpt2": _gpt2, "llama": _llama, "bitnet": _bitnet, "moe": _mixtral, "mamba": _mamba, "mamba2": _mamba2,
+        "rwkv4": _rwkv4, "rwkv7": _rwkv7,
     }[fields["kind"]]  # fmt: skip
     config, of, difference, extra = describe(transformers, fields)
     config.use_cache = False  # else attention copies its keys and values for a sampler that never comes
@@ -154,6 +159,14 @@ def _llama(transformers, f: dict):
         mlp_bias=f["mlp_bias"], initializer_range=f["init_std"],
     )  # fmt: skip
     return config, transformers.LlamaForCausalLM, "", 0
+
+
+def _bitnet(transformers, f: dict):
+    return *ternary.bitnet(transformers, f, _llama), "", 0
+
+
+def _mixtral(transformers, f: dict):
+    return *mixtures.mixtral(transformers, f, _llama), "", 0
 
 
 def _state_space(f: dict) -> dict:

@@ -8,7 +8,8 @@ import training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracker import Tracker
 
-STOOD_IN = {"mamba": "scans", "rwkv4": "wkv", "rwkv7": "recurrences"}  # a recurrence by what it allocates: kind -> module
+# What cannot be followed, by what it allocates: kind -> module
+STOOD_IN = {"mamba": "scans", "rwkv4": "wkv", "rwkv7": "recurrences", "moe": "mixtures"}
 
 
 def mend() -> None:

@@ -5,7 +5,7 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit")
+KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit")
 WAYS = ("planned", "measured")
 
 
@@ -83,8 +83,9 @@ def parse(raw) -> Request:
     finetune = raw["finetune"]
     if finetune and finetune.get("method") == "none":
         finetune = None  # every parameter is trained
-    if finetune and raw["model"]["kind"] != "llama":
-        raise TwinError(f"finetune is for model.kind=llama, and here it is {raw['model']['kind']}")
+    kind = {"router": "moe"}.get(finetune["method"], "llama") if finetune else raw["model"]["kind"]
+    if kind != raw["model"]["kind"]:
+        raise TwinError(f"such a finetune is for model.kind={kind}, and here it is {raw['model']['kind']}")
     names = ("way", "device", "model", "warm_up", "timed")
     return Request(finetune=finetune, step=step, variants=tuple(raw["variants"]), **{name: raw[name] for name in names})
 
