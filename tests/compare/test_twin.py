@@ -153,11 +153,20 @@ def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     assert bool(theirs["extra"]) == bool(theirs["difference"])
 
 
-def test_a_bitnet_with_norms_inside_has_the_parameters_of_ours():
-    cfg = dataclasses.replace(SMALL["bitnet"][0], norms="inside", vocab_multiple=1, n_layer=1, attention_bias=True)
-    answer = ask(request_of(cfg, ["flash"]))
-    assert answer["variants"]["flash"]["peak_bytes"] > 16 * answer["parameters"]["all"]
-    assert (answer["parameters"]["all"], answer["parameters"]["trained"]) == our_parameters(cfg, None)
+def test_bitnets_matrices_round_and_their_parameters_are_ours():
+    """Wherever the norms are; of shapes alone."""
+    small = dataclasses.replace(SMALL["bitnet"][0], vocab_multiple=1, attention_bias=True)
+    cfgs = [dataclasses.replace(small, norms=norms) for norms in ("subln", "inside", "llama")]
+    code = f"""import json, sys; sys.path.insert(0, {str(TWIN)!r}); import models, requested
+for request in json.load(sys.stdin):
+    twin = models.build(request["model"], None, requested.VARIANTS["flash"], "meta", fake=False)
+    rounding = [m for m in twin.model.modules() if type(m).__name__ == "AutoBitLinear" and m.online_quant]
+    print(type(twin.model).__name__, len(rounding), twin.counts()["all"])"""
+    done = run(["-c", code], json.dumps([request_of(cfg, []) for cfg in cfgs]))
+    assert done.returncode == 0, done.stderr
+    kinds = ("BitNetForCausalLM", "LlamaForCausalLM", "LlamaForCausalLM")
+    expected = [f"{kind} {7 * cfg.n_layer} {our_parameters(cfg, None)[0]}" for kind, cfg in zip(kinds, cfgs, strict=True)]
+    assert done.stdout.splitlines() == expected
 
 
 def test_it_answers_where_neither_jax_nor_jaxvram_can_be_imported():
