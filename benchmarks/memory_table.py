@@ -19,7 +19,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+if __name__ == "__main__":  # others import this, and measure on a GPU
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 from jaxvram.compare.pytorch_side import without_twin  # noqa: E402
 from jaxvram.compare.sides import OURS, at_once, best_of_torch, is_ours, label, like, unexplained  # noqa: E402

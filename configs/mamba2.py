@@ -69,12 +69,25 @@ def get_config(variant="auto"):
         c.model.param_dtype = "bfloat16"
         c.optimizer.update(name="adafactor", learning_rate=3e-5, schedule="constant", warmup_steps=100)
         c.train.update(steps=1000, batch_size=2, microbatch_size=0)
-    if variant in ("copying", "induction", "recall"):  # section 4.1 of the paper: two layers, on problems made on the fly
-        c.model.update(n_layer=2, n_embd=64, vocab_size=0, vocab_multiple=1, reset_token=-1)
-        c.model.update(remat="none", dtype="float32", unroll_layers=True)
-        c.optimizer.update(schedule="wsd", warmup_steps=20, final_lr_fraction=0.0)
-        c.train.update(microbatch_size=0, log_every=50)
-        c.task.score_problems = 500
+    if variant in ("copying", "induction", "recall"):
+        _on_problems(c, variant)
+    if variant == "tiny":
+        c.model.update(block_size=64, n_layer=3, n_embd=64, remat="none", dtype="float32", unroll_layers=True)
+        c.data.dataset = "offline"
+        c.optimizer.update(learning_rate=3e-3, warmup_steps=20, final_lr_fraction=0.0)
+        c.train.update(steps=200, batch_size=8, microbatch_size=4, log_every=10)
+        c.eval.update(every=100, batches=10)
+        c.sample.max_new_tokens = 60
+    return c
+
+
+def _on_problems(c, variant):
+    """Section 4.1 of Mamba's paper, and recall: two layers, on problems made on the fly."""
+    c.model.update(n_layer=2, n_embd=64, vocab_size=0, vocab_multiple=1, reset_token=-1)
+    c.model.update(remat="none", dtype="float32", unroll_layers=True)
+    c.optimizer.update(schedule="wsd", warmup_steps=20, final_lr_fraction=0.0)
+    c.train.update(microbatch_size=0, log_every=50)
+    c.task.score_problems = 500
     if variant == "induction":
         c.data.update(name=variant, length=128, order="random")
         c.model.block_size = 128
@@ -93,11 +106,3 @@ def get_config(variant="auto"):
         c.optimizer.learning_rate = 1e-2
         c.train.update(steps=800, batch_size=32)
         c.eval.update(every=50, batches=4)
-    if variant == "tiny":
-        c.model.update(block_size=64, n_layer=3, n_embd=64, remat="none", dtype="float32", unroll_layers=True)
-        c.data.dataset = "offline"
-        c.optimizer.update(learning_rate=3e-3, warmup_steps=20, final_lr_fraction=0.0)
-        c.train.update(steps=200, batch_size=8, microbatch_size=4, log_every=10)
-        c.eval.update(every=100, batches=10)
-        c.sample.max_new_tokens = 60
-    return c
