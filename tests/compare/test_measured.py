@@ -138,7 +138,7 @@ def test_on_a_card_both_sides_tell_memory_and_time(fake_card, tmp_path, capsys):
     said = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
     assert "measured on NVIDIA GeForce RTX 4070, driver 550.54.14" in said and "planned" not in said
-    assert "3.00 GiB" in lines["jaxvram"] and "0.25 of it" in lines["PyTorch eager"] and " 32  " in lines["PyTorch eager"]
+    assert "3.00 GiB" in lines["jaxvram"] and "0.25 of it" in lines["PyTorch eager"] and " 32 " in lines["PyTorch eager"]
     assert lines["PyTorch flash+checkpoint"].endswith("out of memory: a card")
     assert "the plan for this card says 2.50 GiB for jaxvram: 1.200 of that was measured" in said
     assert "the last is the steps' own" in said and "it holds 0.39 GiB" in said
