@@ -118,6 +118,14 @@ def run(model, params, tokens_BxT, state=None):
     return model.apply({"params": params}, tokens_BxT, state)
 
 
+@functools.partial(quick.jit, static_argnums=0)
+def logits_and_state(model, params, tokens_BxT):
+    """Read from an empty state, so that there is one behind the last token."""
+    hidden_BxTxD, state = model.apply({"params": params}, tokens_BxT, empty_state(model, len(tokens_BxT)))
+    head_VxD = model.apply({"params": params}, method="head_VxD")
+    return hidden_BxTxD @ head_VxD[: model.cfg.vocab_size].T, state
+
+
 def empty_state(model, batch=B):
     return model.apply({}, batch, method="initial_state")
 
