@@ -43,7 +43,7 @@ from jaxvram.train.optimizer import OptimizerConfig  # noqa: E402
 from jaxvram.train.sharding import MeshConfig  # noqa: E402
 from jaxvram.train.step import TrainConfig  # noqa: E402
 
-pytest.register_assert_rewrite("quick", "parity", "checkpoints")  # their assertions say what they compared, as in tests
+pytest.register_assert_rewrite("quick", "parity", "checkpoints", "recurrent")  # their assertions say what they compared
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ def installed(*packages) -> bool:
 
 
 needs_transformers = pytest.mark.skipif(not installed("torch", "transformers"), reason="needs torch and transformers")
+needs_rwkv = pytest.mark.skipif(not installed("torch", "rwkv"), reason="needs torch and rwkv")
 
 
 def golden(make, variant):

@@ -14,15 +14,9 @@ longer sequences go by segments, of which a state each is kept, and the tokens a
 bytes. That of XLA does so as well.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxvram.kernels import backend, wkv6_pallas, wkv6_xla
-
-FEW = 16  # tokens below which 'auto' is XLA, which takes them one by one
+from jaxvram.kernels import heads, wkv6_pallas, wkv6_xla
 
 
 def wkv6_reference(r_BxTxHxN, log_decay, k_BxTxHxN, v_BxTxHxN, u_HxN, *, s_BxHxNxN=None, resets_BxT=None):
@@ -51,58 +45,17 @@ def wkv6(
     """
     r, k, v = map(jnp.asarray, (r_BxTxHxN, k_BxTxHxN, v_BxTxHxN))
     g, u = jnp.asarray(log_decay, jnp.float32), jnp.asarray(u_HxN, jnp.float32)
-    s = None if s_BxHxNxN is None else jnp.asarray(s_BxHxNxN, jnp.float32)
-    _check(r, g, k, v, u, s, resets_BxT)
-    if implementation == "auto" and (r.shape[1] < FEW or r.dtype == jnp.float32):
-        implementation = "xla"
-    choice = backend.choose("wkv6", implementation, _obstacle(implementation, r, k, v))
-    return _wkv6(choice, (r, g, k, v, u), s, None if resets_BxT is None else jnp.asarray(resets_BxT, bool))
+    _check(r, g, k, v, u)
+    multiplied = {"r": r, "k": k, "v": v}
+    arrays = (r, g, k, v, u)
+    return heads.call("wkv6", wkv6_pallas, wkv6_xla, arrays, multiplied, s_BxHxNxN, resets_BxT, implementation)
 
 
-def _check(r, g, k, v, u, s, resets) -> None:
+def _check(r, g, k, v, u) -> None:
     shape = r.shape
     if len(shape) != 4 or k.shape != shape or v.shape != shape:
         raise ValueError(f"wkv6: r {r.shape}, k {k.shape}, v {v.shape} must be three times one (B, T, H, N)")
-    B, T, H, N = shape
+    _, _, H, N = shape
     if g.shape not in (shape, (H, N)):
         raise ValueError(f"wkv6: log_decay is {g.shape} and must be {shape}, or {(H, N)} for one of all tokens")
-    for name, array, wanted in (("u_HxN", u, (H, N)), ("s_BxHxNxN", s, (B, H, N, N)), ("resets_BxT", resets, (B, T))):
-        if array is not None and jnp.shape(array) != wanted:
-            raise ValueError(f"wkv6: {name} is {jnp.shape(array)} and must be {wanted}")
-
-
-def _obstacle(implementation: str, *arrays) -> str | None:
-    """Why the kernels don't take a call. In fp32 they would be slow and spill; interpreted, they show that they're right."""
-    N, dtypes = arrays[0].shape[-1], {x.dtype for x in arrays}
-    if N not in wkv6_pallas.HEADS:
-        return f"a head of {N} is none of {', '.join(map(str, wkv6_pallas.HEADS))}"
-    if dtypes != {jnp.dtype(jnp.bfloat16)} and (implementation != "interpret" or dtypes != {jnp.dtype(jnp.float32)}):
-        return f"r, k, v: dtypes {', '.join(str(x.dtype) for x in arrays)} are not all bfloat16"
-    return None
-
-
-def _settled(v_BxTxHxN, s):
-    """The state in full. Made here, and not before: a state of zeros need not be kept."""
-    B, _, H, N = v_BxTxHxN.shape
-    return jnp.zeros((B, H, N, N), jnp.float32) if s is None else s
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv6(implementation: str, arrays, s, resets):
-    return _forward(implementation, arrays, s, resets)[0]
-
-
-def _forward(implementation, arrays, s, resets):
-    full = (*arrays, _settled(arrays[3], s), resets)
-    return backend.dispatch(implementation, wkv6_pallas.forward, wkv6_xla.forward, *full), (arrays, s, resets)
-
-
-def _backward(implementation, residuals, cotangents):
-    arrays, s, resets = residuals
-    full = (*arrays, _settled(arrays[3], s), resets, *cotangents)
-    *gradients, ds = backend.dispatch(implementation, wkv6_pallas.backward, wkv6_xla.backward, *full)
-    no_gradient = None if resets is None else np.zeros(resets.shape, jax.dtypes.float0)
-    return tuple(gradients), None if s is None else ds, no_gradient
-
-
-_wkv6.defvjp(_forward, _backward)
+    heads.check_shapes("wkv6", u_HxN=(u, (H, N)))

@@ -17,16 +17,11 @@ most: longer sequences go by segments, of which a state each is kept, and the to
 30 bytes. That of XLA does so as well.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxvram.kernels import backend, wkv7_pallas, wkv7_xla
+from jaxvram.kernels import heads, wkv7_pallas, wkv7_xla
 
 LOWEST = -4.0  # log decay down to which the forms by chunks are right
-FEW = 16  # tokens below which 'auto' is XLA, which takes them one by one
 
 
 def wkv7_reference(
@@ -58,58 +53,8 @@ def wkv7(
       ValueError: shapes that do not belong together, or a named implementation that does not take the call.
     """
     r, k, v, kappa, a = map(jnp.asarray, (r_BxTxHxN, k_BxTxHxN, v_BxTxHxN, kappa_BxTxHxN, a_BxTxHxN))
-    log_decay = jnp.asarray(log_decay_BxTxHxN, jnp.float32)
-    s = None if s_BxHxNxN is None else jnp.asarray(s_BxHxNxN, jnp.float32)
-    arrays = (r, log_decay, k, v, kappa, a)
-    _check(arrays, s, resets_BxT)
-    if implementation == "auto" and (r.shape[1] < FEW or r.dtype == jnp.float32):
-        implementation = "xla"
-    choice = backend.choose("wkv7", implementation, _obstacle(implementation, r, k, v, kappa, a))
-    return _wkv7(choice, arrays, s, None if resets_BxT is None else jnp.asarray(resets_BxT, bool))
-
-
-def _check(arrays, s, resets) -> None:
-    shape = arrays[0].shape
-    if len(shape) != 4 or any(x.shape != shape for x in arrays):
+    arrays = (r, jnp.asarray(log_decay_BxTxHxN, jnp.float32), k, v, kappa, a)
+    if r.ndim != 4 or any(x.shape != r.shape for x in arrays):
         raise ValueError(f"wkv7: {', '.join(str(x.shape) for x in arrays)} must be six times one (B, T, H, N)")
-    B, T, H, N = shape
-    for name, array, wanted in (("s_BxHxNxN", s, (B, H, N, N)), ("resets_BxT", resets, (B, T))):
-        if array is not None and jnp.shape(array) != wanted:
-            raise ValueError(f"wkv7: {name} is {jnp.shape(array)} and must be {wanted}")
-
-
-def _obstacle(implementation: str, *arrays) -> str | None:
-    """Why the kernels don't take a call. In fp32 they would be slow and spill; interpreted, they show that they're right."""
-    N, dtypes = arrays[0].shape[-1], {x.dtype for x in arrays}
-    if N not in wkv7_pallas.HEADS:
-        return f"a head of {N} is none of {', '.join(map(str, wkv7_pallas.HEADS))}"
-    if dtypes != {jnp.dtype(jnp.bfloat16)} and (implementation != "interpret" or dtypes != {jnp.dtype(jnp.float32)}):
-        return f"r, k, v, kappa, a: dtypes {', '.join(str(x.dtype) for x in arrays)} are not all bfloat16"
-    return None
-
-
-def _settled(v_BxTxHxN, s):
-    """The state in full. Made here, and not before: a state of zeros need not be kept."""
-    B, _, H, N = v_BxTxHxN.shape
-    return jnp.zeros((B, H, N, N), jnp.float32) if s is None else s
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv7(implementation: str, arrays, s, resets):
-    return _forward(implementation, arrays, s, resets)[0]
-
-
-def _forward(implementation, arrays, s, resets):
-    full = (*arrays, _settled(arrays[3], s), resets)
-    return backend.dispatch(implementation, wkv7_pallas.forward, wkv7_xla.forward, *full), (arrays, s, resets)
-
-
-def _backward(implementation, residuals, cotangents):
-    arrays, s, resets = residuals
-    full = (*arrays, _settled(arrays[3], s), resets, *cotangents)
-    *gradients, ds = backend.dispatch(implementation, wkv7_pallas.backward, wkv7_xla.backward, *full)
-    no_gradient = None if resets is None else np.zeros(resets.shape, jax.dtypes.float0)
-    return tuple(gradients), None if s is None else ds, no_gradient
-
-
-_wkv7.defvjp(_forward, _backward)
+    multiplied = {"r": r, "k": k, "v": v, "kappa": kappa, "a": a}
+    return heads.call("wkv7", wkv7_pallas, wkv7_xla, arrays, multiplied, s_BxHxNxN, resets_BxT, implementation)

@@ -25,6 +25,21 @@ def quiet_torch():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+def rwkv_package():
+    """Its class, for plain PyTorch and the models before RWKV-7: it settles that when it is imported."""
+    quiet_torch()
+    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    import rwkv.model
+
+    return rwkv.model.RWKV
+
+
+def rwkv_forward(file, tokens_T):
+    """(logits, state behind the last token) of an official checkpoint before RWKV-7, as the `rwkv` package has them."""
+    model = rwkv_package()(model=str(file).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+    return model.forward(tokens_T.tolist(), None, full_output=True)
+
+
 def with_weights(model, weights: dict[str, np.ndarray]):
     """transformers' language model with these weights: all that it has, but for a head that is tied."""
     import torch

@@ -8,7 +8,6 @@ RandomState, whose stream is frozen, so the file holds results alone.
 """
 
 import functools
-import os
 import pathlib
 import tempfile
 
@@ -53,25 +52,16 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     return named
 
 
-def package():
-    """Its module, for plain PyTorch and the models before RWKV-7, which it settles when it is imported."""
-    golden_file.quiet_torch()
-    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
-    import rwkv.model
-
-    return rwkv.model.RWKV
-
-
 def oracle(variant: str) -> dict[str, np.ndarray]:
     """ "logits", "loss" (mean over the targets), "state/I.J" after each row, and "grad/NAME" for every parameter."""
-    cls = package()
+    cls = golden_file.rwkv_package()
     import torch
 
     w = {name: torch.tensor(x, requires_grad=True) for name, x in weights(variant).items()}
     tokens, targets = (torch.tensor(x).long() for x in batch().values())
     logits, states = zip(*(_forward(cls, variant, w, row) for row in tokens), strict=True)
     logits = torch.stack(logits)
-    _assert_as_the_package_has_it(cls, w, tokens[0], logits[0], states[0])
+    _assert_as_the_package_has_it(w, tokens[0], logits[0], states[0])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     loss.backward()
     found = {"logits": logits.detach().numpy(), "loss": loss.detach().numpy()}
@@ -109,13 +99,12 @@ def _forward(cls, variant, w, tokens_T):
     return norm("ln_out", x) @ w["head.weight"].t(), state
 
 
-def _assert_as_the_package_has_it(cls, w, tokens_T, logits_TxV, state):
+def _assert_as_the_package_has_it(w, tokens_T, logits_TxV, state):
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         torch.save({name: x.detach().clone() for name, x in w.items()}, f"{folder}/tiny.pth")
-        model = cls(model=f"{folder}/tiny", strategy="cpu fp32", verbose=False)
-    theirs, their_state = model.forward(tokens_T.tolist(), None, full_output=True)
+        theirs, their_state = golden_file.rwkv_forward(f"{folder}/tiny.pth", tokens_T)
     for mine, other in zip([logits_TxV, *state], [theirs, *their_state], strict=True):
         torch.testing.assert_close(mine.detach(), other, rtol=1e-5, atol=1e-5)
 

@@ -1,7 +1,6 @@
-"""RetNet's sizes, starting weights, three forms, and long texts; what all recurrent models must do is in test_mamba.py."""
+"""RetNet's sizes, starting weights, three forms, long texts; what all recurrent models must do is in test_recurrent.py."""
 
 import dataclasses
-import math
 import pathlib
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import quick
 from quick import relative_error
+from recurrent import count, fresh, shapes, state_bytes
 
 from jaxvram import models, recipe
 from jaxvram.errors import UserError
@@ -21,14 +21,6 @@ from jaxvram.models.retnet import SIZES, RetNetConfig, RetNetState, places
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-def fresh(cfg):
-    return lambda key: models.build(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def init(cfg):
-    return quick.jit(fresh(cfg))(jax.random.key(0))
-
-
 def test_parameter_counts():
     """Without table and head, as they are quoted; test_retnet_parity.py counts torchscale's own."""
     wanted = {
@@ -37,10 +29,8 @@ def test_parameter_counts():
     }  # fmt: skip
     for name, size in SIZES.items():
         cfg = RetNetConfig(**size, tie_head=True)
-        shapes = jax.eval_shape(fresh(cfg), jax.random.key(0))
-        table = shapes.pop("embedding")["embedding"]
-        assert table.shape == (50257, cfg.n_embd)
-        assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == wanted[name], name
+        assert shapes(cfg)["embedding"]["embedding"].shape == (50257, cfg.n_embd)
+        assert count(cfg) - 50257 * cfg.n_embd == wanted[name], name
         assert (cfg.key_size, cfg.value_size) == (256, 428 if name in ("3b", "13b") else 432)
 
 
@@ -55,7 +45,7 @@ def test_starting_weights():
     """Bounds of uniform ones: Xavier's with a gain, and 1 / sqrt(fan in) in the feed-forward layer."""
     D, E, F = 96, 160, 128
     cfg = RetNetConfig(vocab_size=600, vocab_multiple=64, n_layer=3, n_embd=D, d_value=E, n_inner=F)
-    p = jax.tree.map(np.asarray, init(cfg))
+    p = fresh(cfg)
     retention, ffn = p["layers"]["retention"], p["layers"]["ffn"]
     xavier = lambda gain, a, b: gain * (6 / (a + b)) ** 0.5
     bounds = {"q_proj": xavier(2**-2.5, D, D), "k_proj": xavier(2**-2.5, D, D), "v_proj": xavier(2**-2.5, D, E),
@@ -131,7 +121,7 @@ def test_64k_tokens_in_bf16_are_finite_and_the_end_is_right():
     """One layer; the last tokens are those of a state that was carried on in pieces, in fp32."""
     cfg = RetNetConfig(vocab_size=31, n_layer=1, n_embd=16, n_head=2, d_value=16, n_inner=16, remat="none")
     random = np.random.RandomState(1)
-    params = jax.tree.map(lambda p: p + random.normal(0, 0.1, p.shape).astype(np.float32), init(cfg))
+    params = jax.tree.map(lambda p: p + random.normal(0, 0.1, p.shape).astype(np.float32), fresh(cfg))
     tokens = random.randint(0, 31, (1, 65_536)).astype(np.int32)
 
     @jax.jit
@@ -154,11 +144,8 @@ def test_64k_tokens_in_bf16_are_finite_and_the_end_is_right():
     assert relative_error(alone[:, :64], want[:, :64]) > 1e-3 and relative_error(alone[:, -64:], want[:, -64:]) < 1e-4
 
 
-def test_the_state_has_one_size():
-    cfg = RetNetConfig(**SIZES["medium"])
-    state = jax.eval_shape(lambda: models.build(cfg).apply({}, 3, method="initial_state"))
-    bytes_held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert bytes_held == 16 * (3 * (4 * 1728 * 256 + 4) + 4)
+def test_the_state_of_medium():
+    assert state_bytes(RetNetConfig(**SIZES["medium"]), batch=3) == 16 * (3 * (4 * 1728 * 256 + 4) + 4)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -8,6 +8,7 @@ import numpy as np
 import parity
 import pytest
 import quick
+from recurrent import logits_and_state
 
 from jaxvram import convert, models
 from jaxvram.convert import rwkv
@@ -20,7 +21,6 @@ SIZES = {
 }  # fmt: skip
 CFGS = {version: RWKV5Config(version=version, **SIZES) for version in ("5.0", "5.1", "5.2")}
 CFGS["6"] = RWKV6Config(d_mix=make_rwkv56.MIX, d_decay=make_rwkv56.DECAY, **SIZES)
-needs_rwkv = pytest.mark.skipif(not parity.installed("torch", "rwkv"), reason="needs torch and rwkv")
 every_version = pytest.mark.parametrize("version", make_rwkv56.VARIANTS)
 golden = functools.partial(parity.golden, make_rwkv56)
 
@@ -38,16 +38,10 @@ def found(version):
     return parity.language_model(models.build(CFGS[version]), params, **parity.of_batch(make_rwkv56))
 
 
-@functools.partial(quick.jit, static_argnums=0)
-def run(model, params, tokens_BxT, state):
-    return model.apply({"params": params}, tokens_BxT, state)[1]
-
-
 def errors(version, reference):
     of_model = parity.errors(found(version), reference, ours(version, golden_file.part(reference, "grad")))
     model, params = models.build(CFGS[version]), ours(version, make_rwkv56.weights(version))
-    tokens_BxT = make_rwkv56.batch()["tokens"]
-    state = run(model, params, tokens_BxT, model.apply({"params": params}, len(tokens_BxT), method="initial_state"))
+    _, state = logits_and_state(model, params, make_rwkv56.batch()["tokens"])
     for i in range(make_rwkv56.L):
         theirs = [reference[f"state/{3 * i + j}"] for j in range(3)]
         theirs[1] = np.swapaxes(theirs[1], -1, -2)  # theirs is keys x values
@@ -61,7 +55,7 @@ def test_the_golden_file(version):
     parity.assert_small(errors(version, golden(version)))
 
 
-@needs_rwkv
+@parity.needs_rwkv
 @every_version
 def test_the_package_itself_and_the_golden_file_is_of_it(version):
     live = make_rwkv56.oracle(version)
@@ -69,13 +63,12 @@ def test_the_package_itself_and_the_golden_file_is_of_it(version):
     parity.assert_golden_is_live(make_rwkv56, version, live)
 
 
-@needs_rwkv
+@parity.needs_rwkv
 @every_version
 def test_the_package_reads_what_we_write(version, tmp_path):
     cfg, tokens_T = CFGS[version], make_rwkv56.batch()["tokens"][0]
     convert.converter(cfg).save_official(ours(version, make_rwkv56.weights(version)), cfg, tmp_path / "ours.pth")
-    theirs = make_rwkv56.package()(model=str(tmp_path / "ours"), strategy="cpu fp32", verbose=False)
-    logits_TxV, _ = theirs.forward(tokens_T.tolist(), None, full_output=True)
+    logits_TxV, _ = golden_file.rwkv_forward(tmp_path / "ours.pth", tokens_T)
     assert quick.relative_error(logits_TxV, golden(version)["logits"][0]) < parity.TOLERANCE
 
 

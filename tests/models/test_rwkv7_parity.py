@@ -11,6 +11,7 @@ import numpy as np
 import parity
 import pytest
 import quick
+from recurrent import logits_and_state
 
 from jaxvram import models
 from jaxvram.convert import rwkv, rwkv7
@@ -22,7 +23,6 @@ CFG = RWKV7Config(
     d_rate=6, d_value=4, d_gate=10, remat="none", dtype="float32",
 )  # fmt: skip
 needs_rwkv7_hf = pytest.mark.skipif(not parity.installed("torch", "transformers", "rwkv7_hf"), reason="needs rwkv7-hf")
-needs_rwkv = pytest.mark.skipif(not parity.installed("torch", "rwkv"), reason="needs torch and rwkv")
 golden = lambda: parity.golden(make_rwkv7, "rwkv7")
 
 
@@ -49,6 +49,7 @@ def test_the_comparison_can_fail(tmp_path):
     assert errors(tmp_path, reference)["layers/att/w0"] > parity.TOLERANCE
 
 
+# In a process of its own: when it is imported, the package settles whether it runs RWKV-7 or what came before.
 OFFICIAL = """
 import os, sys
 os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "1"}  # read at import
@@ -65,7 +66,7 @@ def params_of_golden_weights():
     return rwkv.from_tensors(lambda name, _: theirs[name], CFG, rwkv7.layout_of(CFG), official=False)
 
 
-@needs_rwkv
+@parity.needs_rwkv
 def test_the_rwkv_package_on_an_official_checkpoint(tmp_path):
     """Logits and the state behind the last token, of weights that both sides read from one .pth, which we have written."""
     file, tokens = tmp_path / "tiny", make_rwkv7.batch()["tokens"][0]
@@ -74,16 +75,8 @@ def test_the_rwkv_package_on_an_official_checkpoint(tmp_path):
     command = [sys.executable, "-c", OFFICIAL, str(file), ",".join(map(str, tokens))]
     subprocess.run(command, check=True, env=env, capture_output=True)
     theirs, params = np.load(f"{file}.npz"), rwkv7.load_params(f"{file}.pth", CFG)
-    model = models.build(CFG)
-
-    def forward(params):
-        variables = {"params": params}
-        state = model.apply(variables, 1, method="initial_state")
-        hidden_1xTxD, state = model.apply(variables, tokens[None], state)
-        return hidden_1xTxD[0] @ model.apply(variables, method="head_VxD")[: CFG.vocab_size].T, state
-
-    logits, (first, rest) = quick.jit(forward)(params)
-    assert quick.relative_error(logits, theirs["logits"]) < parity.TOLERANCE
+    logits, (first, rest) = logits_and_state(models.build(CFG), params, tokens[None])
+    assert quick.relative_error(logits[0], theirs["logits"]) < parity.TOLERANCE
     layers = [first, *(jax.tree.map(lambda x, i=i: x[i], rest) for i in range(CFG.n_layer - 1))]
     for i, layer in enumerate(layers):
         for j, mine in enumerate((layer.att_BxD, layer.s_BxHxNxN, layer.ffn_BxD)):
