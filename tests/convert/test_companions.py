@@ -64,7 +64,7 @@ def test_export_does_so(base, tmp_path, tiny_recipe, monkeypatch, capsys):
     recipe = dataclasses.replace(tiny_recipe(**{"train": {"init_from": str(base)}}), model=CFG)
     task = types.SimpleNamespace(model=types.SimpleNamespace(cfg=CFG))
     monkeypatch.setattr(modes, "load_checkpoint", lambda *args, **kwargs: (task, random_params(CFG), 3))
-    options = types.SimpleNamespace(out=str(tmp_path / "out"), checkpoint="best", adapter=False)
+    options = types.SimpleNamespace(out=str(tmp_path / "out"), checkpoint="best", adapter=False, storage=None)
     assert modes.export(recipe, tmp_path, options) == 0
     assert (tmp_path / "out" / "tokenizer.json").exists()
     shutil.rmtree(base)
