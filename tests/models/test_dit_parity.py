@@ -62,7 +62,7 @@ def test_live(variant, tmp_path):
     pytest.importorskip("diffusers")
     live = make_dit.oracle(variant)
     parity.assert_small(errors(tmp_path, variant, live))
-    parity.assert_golden_is_live(make_dit, variant, live)
+    parity.assert_golden_is_live(make_dit, variant, live, nought=("to_k.bias",))
 
 
 def test_diffusers_own_frequencies_are_not_the_papers(monkeypatch):
