@@ -46,8 +46,7 @@ def wkv6(
     r, k, v = map(jnp.asarray, (r_BxTxHxN, k_BxTxHxN, v_BxTxHxN))
     g, u = jnp.asarray(log_decay, jnp.float32), jnp.asarray(u_HxN, jnp.float32)
     _check(r, g, k, v, u)
-    multiplied = {"r": r, "k": k, "v": v}
-    arrays = (r, g, k, v, u)
+    arrays, multiplied = (r, g, k, v, u), {"r": r, "k": k, "v": v}
     return heads.call("wkv6", wkv6_pallas, wkv6_xla, arrays, multiplied, s_BxHxNxN, resets_BxT, implementation)
 
 

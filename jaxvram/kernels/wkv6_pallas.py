@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import LOG2_E, Tile
+from jaxvram.kernels.chunks import document_counts, documents, padded
 from jaxvram.kernels.segments import equal_segments, walk_back
 from jaxvram.kernels.wkv6_xla import FLOOR, across, middle_of, spans
 
@@ -120,13 +121,8 @@ class _Chunk:
         return jnp.where(mask, backend.dot(x_NxC, y_NxC, trans_a=True), 0.0)
 
 
-def _documents(refs, outputs: int):
-    """(the reference of document counts or None, those of the outputs)."""
-    return (refs[0] if len(refs) > outputs else None), refs[-outputs:]
-
-
 def _pairs_kernel(r_ref, g_ref, k_ref, u_ref, *refs, T: int, C: int):
-    document_ref, (A_ref,) = _documents(refs, 1)
+    document_ref, (A_ref,) = documents(refs, 1)
     c = pl.program_id(0)
     r, g, k = (_load(ref, c, C) for ref in (r_ref, g_ref, k_ref))
     chunk = _Chunk(c, C, T, r.dtype, g, document_ref)
@@ -154,7 +150,7 @@ def _walk(of_chunk, s_NxN, refs, T: int, C: int, reverse=False):
 
 
 def _forward_kernel(r_ref, g_ref, k_ref, v_ref, A_ref, s_ref, *refs, T: int, C: int):
-    document_ref, (y_ref, last_ref) = _documents(refs, 2)
+    document_ref, (y_ref, last_ref) = documents(refs, 2)
 
     def of_chunk(c, s_NxN, tiles):
         r, g, k, v, A_CxC = tiles
@@ -170,7 +166,7 @@ def _forward_kernel(r_ref, g_ref, k_ref, v_ref, A_ref, s_ref, *refs, T: int, C: 
 
 def _states_kernel(r_ref, g_ref, k_ref, v_ref, dy_ref, s_ref, ds_ref, *refs, T: int, C: int):
     """Both walks at once, a program each."""
-    document_ref, (before_ref, behind_ref, first_ref) = _documents(refs, 3)
+    document_ref, (before_ref, behind_ref, first_ref) = documents(refs, 3)
 
     def onwards(c, s_NxN, tiles):
         k, g, v = tiles
@@ -196,7 +192,7 @@ def _states_kernel(r_ref, g_ref, k_ref, v_ref, dy_ref, s_ref, ds_ref, *refs, T: 
 
 
 def _gradients_kernel(r_ref, g_ref, k_ref, v_ref, u_ref, dy_ref, before_ref, behind_ref, *refs, T: int, C: int):
-    document_ref, (dr_ref, dg_ref, dk_ref, dv_ref, du_ref) = _documents(refs, 5)
+    document_ref, (dr_ref, dg_ref, dk_ref, dv_ref, du_ref) = documents(refs, 5)
     c, dot = pl.program_id(0), backend.dot
     r, g, k, v, dy = (_load(ref, c, C) for ref in (r_ref, g_ref, k_ref, v_ref, dy_ref))
     chunk = _Chunk(c, C, T, v.dtype, g, document_ref)
@@ -256,14 +252,11 @@ class _Calls:
         self.decay = self.specs.head if log_decay.ndim == 2 else self.specs.tokens
         self.documents = []
         if resets_BxT is not None:
-            resets = self.padded(resets_BxT).reshape(self.B, self.n, self.C)
-            self.documents = [resets.cumsum(2, dtype=jnp.int32).reshape(self.B, -1)]
+            self.documents = [document_counts(padded(resets_BxT, self.n, C), C)]
 
-    def padded(self, x):
-        """The last chunk ends in tokens that change nothing: masks in the kernels would cost registers."""
-        if x.ndim == 2 and x.dtype != bool:
-            return x
-        return jnp.pad(x, [(0, 0), (0, self.n * self.C - self.T)] + [(0, 0)] * (x.ndim - 2))
+    def whole(self, x):
+        """Whole chunks of what has tokens; a constant decay has none."""
+        return x if x.ndim == 2 else padded(x, self.n, self.C)
 
     def __call__(self, kernel, programs: int, inputs: list, outputs: list, tile: Tile, name: str):
         """`inputs`: (array, spec) each; `outputs`: (shape, dtype, spec)."""
@@ -281,7 +274,7 @@ def forward(r, log_decay, k, v, u_HxN, s_BxHxNxN, resets_BxT, *, interpret: bool
     """(y_BxTxHxN in the dtype of v, the last state in fp32)."""
     T, call = v.shape[1], _Calls(FORWARD.rows, v, log_decay, resets_BxT, interpret)
     specs, tokens, C = call.specs, call.specs.tokens, call.C
-    r, g, k, v = map(call.padded, (r, log_decay, k, v))
+    r, g, k, v = map(call.whole, (r, log_decay, k, v))
     inputs = [(r, tokens), (g, call.decay), (k, tokens)]
     outputs = [((call.B, call.H, call.n, C, C), v.dtype, specs.pairs_of_chunk)]
     (A,) = call(_pairs_kernel, call.n, [*inputs, (u_HxN, specs.head)], outputs, PAIRS, "pairs")
@@ -328,7 +321,7 @@ def _backward_of_segment(
 ):  # fmt: skip
     T, call = v.shape[1], _Calls(GRADIENTS.rows, v, log_decay, resets_BxT, interpret)
     specs, states, rows = call.specs, (call.B, call.H, call.n, call.N, call.N), (call.B, call.n, call.H, call.N)
-    r, g, k, v, dy = map(call.padded, (r, log_decay, k, v, dy_BxTxHxN))
+    r, g, k, v, dy = map(call.whole, (r, log_decay, k, v, dy_BxTxHxN))
     tokens = [(r, specs.tokens), (g, call.decay), (k, specs.tokens), (v, specs.tokens)]
     inputs = [*tokens, (dy, specs.tokens), (s_BxHxNxN, specs.state), (ds_BxHxNxN, specs.state)]
     outputs = [*[(states, v.dtype, specs.states)] * 2, (s_BxHxNxN.shape, jnp.float32, specs.state)]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.kernels import segments
+from jaxvram.kernels.chunks import masks, side_by_side
 
 CHUNK = 16
 LEVELS = range(4)  # at which half a block has 1, 2, 4 and 8 tokens
@@ -62,27 +63,12 @@ def across(t, j, level):
     return ((t >> level) == (j >> level) + 1) & ((t >> level) % 2 == 1)
 
 
-def _side_by_side(x_BxTxHxN, n: int):
-    """(B, H, n, C, N) in fp32, zeros behind the end: tokens that change nothing."""
-    B, T, H, N = x_BxTxHxN.shape
-    x = jnp.pad(x_BxTxHxN.astype(jnp.float32), ((0, 0), (0, n * CHUNK - T), (0, 0), (0, 0)))
-    return x.reshape(B, n, CHUNK, H, N).transpose(0, 3, 1, 2, 4)
-
-
-def _masks(resets_BxT, n: int):
-    """Which tokens of a chunk see each other, which see the state before it and which the one behind; (B, 1, n, C, .)."""
-    if resets_BxT is None:
-        return jnp.ones((CHUNK, CHUNK), bool), jnp.ones((CHUNK, 1), bool), jnp.ones((CHUNK, 1), bool)
-    document = _side_by_side(resets_BxT[..., None, None], n).cumsum(3)
-    return document == document.swapaxes(3, 4), document == 0, document == document[..., -1:, :]
-
-
 def _segment(r, g, k, v, u_HxN, s_BxHxNxN, resets_BxT):
     """(y_BxTxHxN in the dtype of v, the last state)."""
     (B, T, H, N), dtype = v.shape, v.dtype
     n = -(-T // CHUNK)
-    r, g, k, v = (_side_by_side(x, n) for x in (r, g, k, v))
-    same, from_start, to_end = _masks(resets_BxT, n)
+    r, g, k, v = (side_by_side(x, n, CHUNK) for x in (r, g, k, v))
+    same, from_start, to_end = masks(resets_BxT, n, CHUNK)
     t, i = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None, :]
     decay = lambda mask: jnp.exp(product("ti,...in->...tn", mask.astype(jnp.float32), g))
     pairs = lambda x, y, mask: jnp.where(mask, product("...in,...jn->...ij", x, y), 0)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from jaxvram.kernels import backend
 from jaxvram.kernels.backend import Tile
+from jaxvram.kernels.chunks import document_counts, documents, padded
 from jaxvram.kernels.segments import equal_segments, walk_back
 from jaxvram.kernels.wkv7_xla import CHUNK, inverse
 
@@ -105,13 +106,8 @@ class _Chunk:
         return (s_NxN + backend.dot(self.scaled(self.v, to_end), k, trans_b=True)) * self.through_1xN
 
 
-def _documents(refs, outputs: int):
-    """(the reference of document counts or None, those of the outputs)."""
-    return (refs[0] if len(refs) > outputs else None), refs[-outputs:]
-
-
 def _forward_kernel(*refs, chunks: int):
-    (*six, s_ref), (document_ref, (y_ref, last_ref)) = refs[:7], _documents(refs[7:], 2)
+    (*six, s_ref), (document_ref, (y_ref, last_ref)) = refs[:7], documents(refs[7:], 2)
 
     def of_chunk(c, s_NxN):
         chunk = _Chunk(six, document_ref, c * CHUNK)
@@ -128,7 +124,7 @@ def _forward_kernel(*refs, chunks: int):
 
 
 def _states_kernel(*refs, chunks: int):
-    (*six, s_ref), (document_ref, (states_ref, U_ref)) = refs[:7], _documents(refs[7:], 2)
+    (*six, s_ref), (document_ref, (states_ref, U_ref)) = refs[:7], documents(refs[7:], 2)
 
     def of_chunk(c, s_NxN):
         backend.store(states_ref.at[c], s_NxN)
@@ -142,7 +138,7 @@ def _states_kernel(*refs, chunks: int):
 
 
 def _states_back_kernel(*refs, chunks: int):
-    (*six, dy_ref, ds_ref), (document_ref, (states_ref, dZ_ref, first_ref)) = refs[:8], _documents(refs[8:], 3)
+    (*six, dy_ref, ds_ref), (document_ref, (states_ref, dZ_ref, first_ref)) = refs[:8], documents(refs[8:], 3)
 
     def of_chunk(i, ds_NxN):
         c = chunks - 1 - i
@@ -162,7 +158,7 @@ def _states_back_kernel(*refs, chunks: int):
 
 def _of_one_chunk(refs, outputs: int):
     """(its arrays, gradient of y, U, gradient of Z, the state before and the gradient of that behind, references)."""
-    (*six, dy_ref, U_ref, dZ_ref, before_ref, behind_ref), (document_ref, refs) = refs[:11], _documents(refs[11:], outputs)
+    (*six, dy_ref, U_ref, dZ_ref, before_ref, behind_ref), (document_ref, refs) = refs[:11], documents(refs[11:], outputs)
     chunk = _Chunk(six, document_ref, pl.program_id(0) * CHUNK)
     behind = chunk.scaled(backend.load(behind_ref), chunk.through_1xN)
     return chunk, *map(chunk.load, (dy_ref, U_ref, dZ_ref)), backend.load(before_ref), behind, refs
@@ -218,11 +214,6 @@ def _gradients_of_removal_kernel(*refs):
     chunk.store(dkappa_ref, dbeta * chunk.a - dalpha)
 
 
-def _padded(x_BxTx, n: int):
-    """n chunks, of which the last one ends in tokens that change nothing. Masks in the kernels would cost registers."""
-    return jnp.pad(x_BxTx, [(0, 0), (0, n * CHUNK - x_BxTx.shape[1])] + [(0, 0)] * (x_BxTx.ndim - 2))
-
-
 def _call(kernel, inputs, resets_BxL, outputs, tile: Tile, interpret: bool, name: str, by_chunk=False):
     """A program a head, or a chunk of one. Arrays are of tokens (four axes), states (three) or states of chunks (five)."""
     B, L, H, N = inputs[0].shape
@@ -237,18 +228,18 @@ def _call(kernel, inputs, resets_BxL, outputs, tile: Tile, interpret: bool, name
             return pl.BlockSpec((None, None, None, N, N), lambda c, h, b: (b, h, c, 0, 0))
         return pl.BlockSpec((None, None, n, N, N), lambda c, h, b: (b, h, 0, 0, 0))
 
-    documents, document_specs = [], []
+    counts, count_specs = [], []
     if resets_BxL is not None:
-        documents = [resets_BxL.reshape(B, n, CHUNK).cumsum(2, dtype=jnp.int32).reshape(B, L)]
-        document_specs = [pl.BlockSpec((None, L), lambda c, h, b: (b, 0))]
+        counts = [document_counts(resets_BxL, CHUNK)]
+        count_specs = [pl.BlockSpec((None, L), lambda c, h, b: (b, 0))]
     return backend.call(
         kernel if by_chunk else functools.partial(kernel, chunks=n),
         grid=(n if by_chunk else 1, H, B),
-        in_specs=[*map(spec, inputs), *document_specs],
+        in_specs=[*map(spec, inputs), *count_specs],
         out_specs=[*map(spec, outputs)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         tile=tile, interpret=interpret, name=name,
-    )(*inputs, *documents)  # fmt: skip
+    )(*inputs, *counts)  # fmt: skip
 
 
 def _by_head(s_BxHxNxN):
@@ -258,8 +249,8 @@ def _by_head(s_BxHxNxN):
 
 def forward(r, log_decay, k, v, kappa, a, s_BxHxNxN, resets_BxT, *, interpret: bool):
     """(y_BxTxHxN in the dtype of v, the last state in fp32)."""
-    T = v.shape[1]
-    *six, resets_BxL = jax.tree.map(lambda x: _padded(x, pl.cdiv(T, CHUNK)), (r, log_decay, k, v, kappa, a, resets_BxT))
+    T, arrays = v.shape[1], (r, log_decay, k, v, kappa, a, resets_BxT)
+    *six, resets_BxL = jax.tree.map(lambda x: padded(x, pl.cdiv(T, CHUNK), CHUNK), arrays)
     s = _by_head(s_BxHxNxN)
     y, s = _call(_forward_kernel, [*six, s], resets_BxL, [six[3], s], FORWARD, interpret, "wkv7_forward")
     return y[:, :T], s.reshape(s_BxHxNxN.shape)
@@ -291,7 +282,7 @@ def _backward_of_segment(arrays, s_BxHxNxN, dy_BxTxHxN, ds_BxHxNxN, *, interpret
     """(the gradients of r, log decay, k, v, kappa and a, that of the state before the first token)."""
     B, T, H, N = dy_BxTxHxN.shape
     n = pl.cdiv(T, CHUNK)
-    *six, resets_BxL, dy = jax.tree.map(lambda x: _padded(x, n), (*arrays, dy_BxTxHxN))
+    *six, resets_BxL, dy = jax.tree.map(lambda x: padded(x, n, CHUNK), (*arrays, dy_BxTxHxN))
     r, log_decay, k, v, kappa, a = six
     states = jax.ShapeDtypeStruct((B, H, n, N, N), v.dtype)
     call = lambda kernel, inputs, outputs, tile, name, **options: _call(
