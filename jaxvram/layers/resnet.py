@@ -12,7 +12,8 @@ from jaxvram.layers.linear import Linear, fan_in_uniform
 class ResBlock(nn.Module):
     """h = conv1(silu(norm1(x))) + W silu(t);  y = skip(x) + conv2(dropout(silu(norm2(h)))), 3 x 3 convolutions.
 
-    `skip` is a matrix over channels where their number changes. Without t_BxE there is no W.
+    `skip` is a matrix over channels where their number changes. Without t_BxE there is no W. x may be several images, whose
+    channels are then side by side: joined here, within the block, they are no third copy to keep for the backward pass.
     """
 
     features: int
@@ -25,6 +26,8 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC, t_BxE=None, deterministic: bool = True):
+        if isinstance(x_BxHxWxC, tuple):
+            x_BxHxWxC = jnp.concatenate(x_BxHxWxC, axis=-1)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = lambda name: Linear(self.features, kernel_init=fan_in_uniform(), **dtypes, name=name)
         norm = lambda name: GroupNorm(self.groups, self.epsilon, silu=True, **dtypes, name=name)
