@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxvram.convert import text_encoder
-from jaxvram.convert.huggingface import DIFFUSERS, HuggingFaceFolder, write_folder
+from jaxvram.convert.huggingface import DIFFUSERS, HuggingFaceFolder, check_fields, write_folder
 from jaxvram.errors import UserError
 from jaxvram.models.unet import UNet, UNetConfig
 
@@ -52,7 +52,7 @@ FIXED = {  # what our U-Net is, and config.json may change
     "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
     "cross_attention_norm": (None,), "mid_block_only_cross_attention": (None, False),
 }  # fmt: skip
-KINDS = {PIXELS: "AttnDownBlock2D AttnUpBlock2D".split(), TEXT: "CrossAttnDownBlock2D CrossAttnUpBlock2D".split()}
+KINDS = {PIXELS: ["AttnDownBlock2D", "AttnUpBlock2D"], TEXT: ["CrossAttnDownBlock2D", "CrossAttnUpBlock2D"]}
 PLAIN = ("DownBlock2D", "UpBlock2D")  # levels without attention
 
 _OUTER = {"time_fc1": "time_embedding.linear_1", "time_fc2": "time_embedding.linear_2", "norm_out": "conv_norm_out"}
@@ -92,7 +92,7 @@ def load_params(folder, cfg: UNetConfig) -> dict:
             _read(source, ours, _their_name(cfg, ours), array)
     params = unflatten_dict(params, sep="/")
     if cfg.text_layers:
-        params["text"] = text_encoder.load_params(whole / text_encoder.ENCODER, cfg.text)
+        params["text"] = _text(whole / text_encoder.ENCODER, cfg)
     return params
 
 
@@ -120,6 +120,15 @@ def save(params, cfg: UNetConfig, folder) -> None:
     write_folder(folder / UNET if cfg.text_layers else folder, config, tensors, DIFFUSERS)
 
 
+def _text(folder: pathlib.Path, cfg: UNetConfig) -> dict:
+    """The encoder that was trained with it."""
+    found = text_encoder.find(folder).cfg
+    wanted = {"context_length": found.length, "text_layers": found.n_layer, "text_heads": found.n_head}
+    check_fields(folder, wanted | {"context_dim": found.n_embd}, cfg)
+    params, _ = text_encoder.load_params(folder)
+    return jax.tree.map(lambda p: np.asarray(p, cfg.param_dtype), params)
+
+
 def _shapes(cfg: UNetConfig) -> dict:
     """Our path -> shape and dtype; kernels and remat, which only say how to compute, may not suit this machine."""
     cfg = dataclasses.replace(cfg, kernels="xla", remat="none")
@@ -129,7 +138,8 @@ def _shapes(cfg: UNetConfig) -> dict:
         features = jnp.zeros((1, cfg.context_length, cfg.context_dim))
         tokens = jnp.zeros((1, cfg.context_length), jnp.int32)
         condition = {"context_BxSxE": features, "tokens_BxS": tokens, "length_B": number}
-    return flatten_dict(jax.eval_shape(lambda: UNet(cfg).init(jax.random.key(0), image, number, condition)["params"]), sep="/")
+    shapes = jax.eval_shape(lambda: UNet(cfg).init(jax.random.key(0), image, number, condition)["params"])
+    return flatten_dict(shapes, sep="/")
 
 
 def _their_name(cfg: UNetConfig, ours: str) -> str:
@@ -269,7 +279,10 @@ def _config_json(cfg: UNetConfig) -> dict:
     sizes = {cfg.channels_at(level) // cfg.heads_at(level) for level in used}
     if len(sizes) > 1:
         raise UserError(
-            f"model.heads={cfg.heads} cannot be exported: diffusers' {PIXELS} has heads of one size, not of {sorted(sizes)}; "
-            "train with model.head_dim"
+            f"model.heads={cfg.heads} cannot be exported: diffusers' {PIXELS} has heads of one size, not of {sorted(sizes)}"
+            "; train with model.head_dim"
         )
-    return config | {"attention_head_dim": sizes.pop(), "num_class_embeds": cfg.num_classes + 1 if cfg.num_classes else None}
+    return config | {
+        "attention_head_dim": sizes.pop(),
+        "num_class_embeds": cfg.num_classes + 1 if cfg.num_classes else None,
+    }

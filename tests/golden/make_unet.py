@@ -15,14 +15,14 @@ FILE = pathlib.Path(__file__).with_name("unet_tiny.npz")
 B = 3
 VARIANTS = {  # name -> what config.json says; every size its own number
     "pixels": {
-        "_class_name": "UNet2DModel", "sample_size": 12, "in_channels": 3, "out_channels": 6, "layers_per_block": 2,
+        "_class_name": "UNet2DModel", "sample_size": 12, "in_channels": 3, "out_channels": 6, "layers_per_block": 1,
         "block_out_channels": [4, 8, 12], "norm_num_groups": 2, "attention_head_dim": 4, "num_class_embeds": 6,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     },
     "text": {
         "_class_name": "UNet2DConditionModel", "sample_size": 10, "in_channels": 2, "out_channels": 2,
-        "layers_per_block": 1, "block_out_channels": [6, 12], "norm_num_groups": 3, "attention_head_dim": 2,
+        "layers_per_block": 1, "block_out_channels": [8, 16], "norm_num_groups": 2, "attention_head_dim": 2,
         "cross_attention_dim": 5, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     },
@@ -49,7 +49,10 @@ class _Weights:
             self.named[f"{name}.bias"] = self.draw(0.2, fan_out)
 
     def norm(self, name, channels):
-        self.named[f"{name}.weight"], self.named[f"{name}.bias"] = 1 + self.draw(0.2, channels), self.draw(0.2, channels)
+        self.named[f"{name}.weight"], self.named[f"{name}.bias"] = (
+            1 + self.draw(0.2, channels),
+            self.draw(0.2, channels),
+        )
 
     def res(self, name, fan_in, fan_out, emb):
         self.norm(f"{name}.norm1", fan_in)
