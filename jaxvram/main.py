@@ -18,7 +18,7 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
   --mode=train    train, or resume what the workdir holds (the default)
   --mode=eval     loss of a checkpoint on the fixed evaluation batches, and scores
   --mode=sample   from a checkpoint: text (--prompt=..., --config.sample.prompt_file, .temperature, .top_k, .top_p, .seed)
-                  or images (--prompt="a red circle | a blue cross" or --config.sample.classes=..., .negative_prompt, .sampler,
+                  or images (--prompt="a red circle | a cross" or --config.sample.classes=..., .negative_prompt, .sampler,
                   .steps, .guidance, .num_samples, .seed, .init_image, .strength)
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
