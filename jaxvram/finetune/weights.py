@@ -18,7 +18,6 @@ from jaxvram.finetune.adapted import Adapted
 from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.kernels import nf4
 
-
 TOKENS = (np.zeros((1, 1), np.int32),)
 
 

@@ -1,4 +1,4 @@
-"""LoRAs of denoisers: diffusers multiplies what was exported as we do, merged equals unmerged, and what was written is read."""
+"""LoRAs of denoisers: diffusers multiplies what was exported as we do, merged equals unmerged, what was written is read."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from jaxvram.models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CFG = UNetConfig(
-    image_size=4, channels=2, width=8, multipliers=(1, 2), res_blocks=1, attention_levels=(0,), heads=2, head_dim=0, groups=2,
-    context_dim=6, context_length=3, remat="none", dtype="float32",
+    image_size=4, channels=2, width=8, multipliers=(1, 2), res_blocks=1, attention_levels=(0,), heads=2, head_dim=0,
+    groups=2, context_dim=6, context_length=3, remat="none", dtype="float32",
 )  # fmt: skip
 EVERYTHING = FinetuneConfig(method="lora", rank=2, alpha=3.0, targets=".*(attn|mlp|proj_in|skip).*")
 RANDOM = np.random.RandomState(0)
@@ -62,7 +62,7 @@ def test_a_base_is_read_under_what_is_added():
 
 
 def test_written_and_read(tmp_path):
-    model, params = model_and_params()
+    _, params = model_and_params()
     diffusers_lora.save(params, CFG, EVERYTHING, tmp_path / "lora", "the base")
     shapes = jax.eval_shape(lambda: params)
     read = traverse_util.flatten_dict(diffusers_lora.load(tmp_path / "lora", shapes, CFG, EVERYTHING))
