@@ -46,7 +46,8 @@ class SelfAttention(nn.Module):
     kernels: str = "auto"  # implementation of kernels/attention.py
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache: KVCache | None = None, deterministic: bool = True):
+    def __call__(self, x_BxTxD, cache: KVCache | None = None, deterministic: bool = True, key_lengths_B=None):
+        """`key_lengths_B`: tokens of each sequence that count, the rest is padding; None: all of them."""
         B, T, D = x_BxTxD.shape
         qkv_BxTx3D = self.dense(3 * D, kernel_init=self.kernel_init, name="c_attn")(x_BxTxD)
         q, k, v = (a.reshape(B, T, self.n_head, D // self.n_head) for a in jnp.split(qkv_BxTx3D, 3, axis=-1))
@@ -57,7 +58,7 @@ class SelfAttention(nn.Module):
         key = None if deterministic or self.dropout == 0 else self.make_rng("dropout")
         y_BxTxHxK = attention(
             q, k, v, causal=self.causal, offset=offset, dropout_rate=self.dropout, dropout_key=key,
-            implementation=self.kernels,
+            implementation=self.kernels, key_lengths_B=key_lengths_B,
         )  # fmt: skip
         y_BxTxD = self.dense(D, kernel_init=self.proj_init, name="c_proj")(y_BxTxHxK.reshape(B, T, D))
         return nn.Dropout(self.dropout)(y_BxTxD, deterministic=deterministic), cache

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 
 from jaxvram.errors import UserError
 from jaxvram.kernels.grouped_matmul import grouped_matmul
-from jaxvram.layers.mlp import GATED, from_input_alone
-
-ACTIVATIONS = GATED | {"gelu_tanh": from_input_alone(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up)}
+from jaxvram.layers.mlp import GATED
 
 
 class Slots(NamedTuple):
@@ -119,7 +117,7 @@ class Experts(nn.Module):
 
     n_expert: int
     n_inner: int
-    activation: str  # of ACTIVATIONS
+    activation: str  # of GATED
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
@@ -135,6 +133,6 @@ class Experts(nn.Module):
         x = dispatch(u_NxD.astype(self.dtype), slots)
         x, sizes_E = (x, slots.sizes_E) if capacity is None else (x.reshape(E, capacity, D), None)
         gate, up = linear(self.n_inner, "gate_proj")(x, sizes_E), linear(self.n_inner, "up_proj")(x, sizes_E)
-        y = linear(D, "down_proj")(ACTIVATIONS[self.activation](gate, up), sizes_E)
+        y = linear(D, "down_proj")(GATED[self.activation](gate, up), sizes_E)
         dropped = 0.0 if capacity is None else (slots.slot_kxN == E * capacity).mean()
         return combine(y.reshape(-1, D), weights_Nxk, slots), dropped

@@ -38,6 +38,7 @@ ACTIVATIONS = {
     "gelu": from_input_alone(gelu),  # nanoGPT
     # Hendrycks & Gimpel's tanh form: OpenAI, minGPT, llm.c
     "gelu_tanh": from_input_alone(functools.partial(jax.nn.gelu, approximate=True)),
+    "quick_gelu": from_input_alone(lambda x: x * jax.nn.sigmoid(1.702 * x)),  # CLIP
 }
 
 # Of two inputs, act(gate) * up: Shazeer 2020, arXiv:2002.05202
@@ -45,6 +46,7 @@ swiglu = from_input_alone(lambda gate, up: jax.nn.silu(gate) * up)
 GATED = {
     "swish": swiglu,
     "gelu": from_input_alone(lambda gate, up: gelu(gate) * up),
+    "gelu_tanh": from_input_alone(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up),  # T5 v1.1
     "relu2": from_input_alone(lambda gate, up: jnp.square(jax.nn.relu(gate)) * up),  # So et al. 2021, arXiv:2109.08668
 }
 

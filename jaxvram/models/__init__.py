@@ -12,10 +12,12 @@ from jaxvram.models.rwkv4 import RWKV4, RWKV4Config
 from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
 from jaxvram.models.rwkv6 import RWKV6, RWKV6Config
 from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
+from jaxvram.models.unet import UNet, UNetConfig
 
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
+    "unet": (UNet, UNetConfig),
     "llama": (Llama, LlamaConfig),
     "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),

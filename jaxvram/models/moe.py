@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxvram.errors import UserError, nearest
 from jaxvram.layers.attention import KVCache
 from jaxvram.layers.embeddings import Embed, Head, padded_normal
-from jaxvram.layers.experts import ACTIVATIONS, Experts, capacity_of
+from jaxvram.layers.experts import Experts, capacity_of
+from jaxvram.layers.mlp import GATED
 from jaxvram.layers.norms import RMSNorm
 from jaxvram.layers.routing import RULES, health, route
 from jaxvram.layers.stack import Stack
@@ -67,7 +68,7 @@ class MoEConfig(LlamaConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field, valid in {"router": RULES, "activation": tuple(ACTIVATIONS)}.items():
+        for field, valid in {"router": RULES, "activation": tuple(GATED)}.items():
             if (value := getattr(self, field)) not in valid:
                 raise UserError(f"model.{field}={value!r} is unknown{nearest(value, valid)}")
         if not 1 <= self.n_expert_per_token <= self.n_expert:
@@ -142,7 +143,7 @@ class SharedMLP(LlamaMLP):
     """Llama's, with the experts' activation."""
 
     def __call__(self, u_BxTxD):
-        return self.down_proj(ACTIVATIONS[self.cfg.activation](self.gate_proj(u_BxTxD), self.up_proj(u_BxTxD)))
+        return self.down_proj(GATED[self.cfg.activation](self.gate_proj(u_BxTxD), self.up_proj(u_BxTxD)))
 
 
 class Block(nn.Module):
