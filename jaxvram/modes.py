@@ -10,7 +10,7 @@ import jax
 
 from jaxvram.convert import converter, peft
 from jaxvram.convert.packaged import locate
-from jaxvram.errors import UserError, nearest
+from jaxvram.errors import UserError
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
@@ -169,11 +169,10 @@ def prepare(options) -> int:
 
 
 def _prepare_latents(options) -> int:
-    from jaxvram.data.latents import AUTOENCODERS, prepare_latents
+    from jaxvram.data.autoencoders import load_autoencoder
+    from jaxvram.data.latents import prepare_latents
 
-    if options.autoencoder not in AUTOENCODERS:
-        raise UserError(f"--autoencoder={options.autoencoder} is unknown{nearest(options.autoencoder, AUTOENCODERS)}")
-    done = prepare_latents(options.input, options.out, AUTOENCODERS[options.autoencoder](), options.image_size)
+    done = prepare_latents(options.input, options.out, load_autoencoder(options.autoencoder), options.image_size)
     for line in done.skipped:
         _say(f"skipped {line}")
     path = f"--config.data.name=latents --config.data.path={options.out}"

@@ -1,5 +1,6 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from jaxvram.models.bitnet import BitNet, BitNetConfig
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
@@ -12,10 +13,13 @@ from jaxvram.models.rwkv4 import RWKV4, RWKV4Config
 from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
 from jaxvram.models.rwkv6 import RWKV6, RWKV6Config
 from jaxvram.models.rwkv7 import RWKV7, RWKV7Config
+from jaxvram.models.unet import UNet, UNetConfig
 
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
+    "unet": (UNet, UNetConfig),
+    "autoencoder": (AutoencoderKL, AutoencoderConfig),
     "llama": (Llama, LlamaConfig),
     "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),
