@@ -17,8 +17,9 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
 
   --mode=train    train, or resume what the workdir holds (the default)
   --mode=eval     loss of a checkpoint on the fixed evaluation batches, and scores
-  --mode=sample   from a checkpoint: text (--config.sample.prompt=..., .prompt_file, .temperature, .top_k, .top_p, .seed)
-                  or images (--config.sample.classes=..., .sampler, .steps, .guidance, .num_samples, .seed)
+  --mode=sample   from a checkpoint: text (--prompt=..., --config.sample.prompt_file, .temperature, .top_k, .top_p, .seed)
+                  or images (--prompt="a red circle | a cross" or --config.sample.classes=..., .negative_prompt, .sampler,
+                  .steps, .guidance, .num_samples, .seed, .init_image, .strength)
   --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
   --mode=fit      the fastest microbatch and remat that fit --card
   --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
@@ -113,6 +114,10 @@ def _run(argv: list[str]) -> int:
         file = recipe_file.partition(":")[0]
         if jax.process_index() == 0:
             print(f"{name}: variant {variant}; to insist on one: --config={file}:VARIANT", flush=True)
+    if options.prompt is not None:
+        if options.mode != "sample":
+            raise UserError(f"--prompt is for --mode=sample; for --mode={options.mode} set --config.sample.prompt")
+        overrides = [*overrides, f"--config.sample.prompt={options.prompt}"]
     _override(config, overrides)
     default = f"runs/{name}" + (f"-{variant}" if asked else "")
     workdir = pathlib.Path(options.workdir or default)
@@ -141,6 +146,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("mode", "train", f"One of {', '.join(MODES)}.")
     text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
     text("card", None, "For plan, fit and compare: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
+    text("prompt", None, "For sample: what --config.sample.prompt says, in fewer letters.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export, prepare and build: the folder to write; for export of an RWKV also FILE.pth.")
     text("input", None, "For prepare: a text, a folder of texts, or of images with a folder a class. For build: a .toml.")

@@ -79,7 +79,7 @@ def evaluate(recipe, workdir: pathlib.Path, options) -> int:
 
 def sample(recipe, workdir: pathlib.Path, options) -> int:
     """What the recipe's sample section asks for, on the terminal and in samples/."""
-    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, check=lambda task: task.check_samples())
     if getattr(recipe.sample, "chat", False):
         chat(task, params, sys.stdin, lambda text: print(text, end="", flush=True))
         return 0
@@ -202,8 +202,11 @@ def kernels(options) -> int:
     return 0
 
 
-def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True):
-    """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet."""
+def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True, check=lambda task: None):
+    """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet.
+
+    `check(task)` is called before any weights are on the card.
+    """
     check_workdir(workdir, recipe)
     kinds = [kind for kind in (kind, "latest", "best") if look(workdir, kind).step is not None]
     if not kinds and not recipe.train.init_from:
@@ -214,6 +217,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     task = make_task(recipe, with_data)
     if with_data:
         check_workdir(workdir, recipe, task.data_identity)
+    check(task)
     mesh = make_mesh(recipe.mesh)
     if not kinds:
         return task, join(*make_program(recipe, task, mesh).parameters(load_base(recipe, task))), 0
