@@ -271,6 +271,13 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     return 0
 
 
+def plan_encoders(options) -> int:
+    """What encoding images and captions once needs on a card."""
+    from jaxvram import plan_encoders as encoders
+
+    return encoders.plan_encoders(options, _say)
+
+
 def compare(recipe, workdir: pathlib.Path, options) -> int:
     """A train step beside PyTorch's: its memory planned, or both measured; or what fits at the most. compare*.json, .png."""
     from jaxvram.compare import measured, measured_table, picture, search, sides, table

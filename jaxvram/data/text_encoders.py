@@ -121,9 +121,9 @@ def _whole(weights: convert.TextWeights, cfg, tokens_NxS, length_N):
 def _parts(cfg: T5Config):
     """(start, layer, finish) of a T5, compiled; the hidden states' memory is handed on."""
     module, block = T5Encoder(cfg), T5Block(cfg)
-    start = lambda outer, tokens: module.apply({"params": outer}, tokens, method="start")
+    start = lambda params, tokens: module.apply({"params": params}, tokens, method="start")
     layer = lambda params, x, bias, length: block.apply({"params": params}, x, None, bias, length)[0]
-    finish = lambda outer, x: module.apply({"params": outer}, x, method="finish")
+    finish = lambda params, x: module.apply({"params": params}, x, method="finish")
     return jax.jit(start), jax.jit(layer, donate_argnums=1), jax.jit(finish, donate_argnums=1)
 
 
