@@ -16,6 +16,7 @@ from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.tasks.chat import chat
 from jaxvram.train import metrics, report
+from jaxvram.train.average import with_average
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
@@ -224,7 +225,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     checkpoints = Checkpoints(workdir)
     program = make_program(recipe, task, mesh)
     target = program.target.replace(frozen=program.frozen(load_frozen(recipe, task)))
-    weights, meta = checkpoints.restore_weights(kinds[0], target)
+    weights, meta = checkpoints.restore_weights(kinds[0], with_average(recipe.train, target))
     checkpoints.close()
     return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
 
