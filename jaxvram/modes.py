@@ -11,12 +11,13 @@ import jax
 
 from jaxvram.convert import converter, diffusers_lora, peft
 from jaxvram.convert.packaged import locate
-from jaxvram.errors import UserError, nearest
+from jaxvram.errors import UserError
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.tasks.chat import chat
 from jaxvram.train import metrics, report
+from jaxvram.train.average import with_average
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
@@ -174,11 +175,10 @@ def prepare(options) -> int:
 
 
 def _prepare_latents(options) -> int:
-    from jaxvram.data.latents import AUTOENCODERS, prepare_latents
+    from jaxvram.data.autoencoders import load_autoencoder
+    from jaxvram.data.latents import prepare_latents
 
-    if options.autoencoder not in AUTOENCODERS:
-        raise UserError(f"--autoencoder={options.autoencoder} is unknown{nearest(options.autoencoder, AUTOENCODERS)}")
-    done = prepare_latents(options.input, options.out, AUTOENCODERS[options.autoencoder](), options.image_size)
+    done = prepare_latents(options.input, options.out, load_autoencoder(options.autoencoder), options.image_size)
     for line in done.skipped:
         _say(f"skipped {line}")
     path = f"--config.data.name=latents --config.data.path={options.out}"
@@ -230,7 +230,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     checkpoints = Checkpoints(workdir)
     program = make_program(recipe, task, mesh)
     target = program.target.replace(frozen=program.frozen(load_frozen(recipe, task)))
-    weights, meta = checkpoints.restore_weights(kinds[0], target)
+    weights, meta = checkpoints.restore_weights(kinds[0], with_average(recipe.train, target))
     checkpoints.close()
     return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
 
@@ -278,6 +278,13 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     if metrics.read(workdir):
         report.write_report(workdir)  # its page shows the plan
     return 0
+
+
+def plan_encoders(options) -> int:
+    """What encoding images and captions once needs on a card."""
+    from jaxvram import plan_encoders as encoders
+
+    return encoders.plan_encoders(options, _say)
 
 
 def compare(recipe, workdir: pathlib.Path, options) -> int:

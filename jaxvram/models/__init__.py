@@ -1,5 +1,6 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from jaxvram.models.bitnet import BitNet, BitNetConfig
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
@@ -18,6 +19,7 @@ MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
     "unet": (UNet, UNetConfig),
+    "autoencoder": (AutoencoderKL, AutoencoderConfig),
     "llama": (Llama, LlamaConfig),
     "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),

@@ -8,9 +8,11 @@ dataclasses of its sections of a recipe; and `of_recipe`. One whose loss changes
 training then have a "step", as often as they have rows; those of an evaluation have none.
 """
 
+from jaxvram.tasks.autoencoder import AutoencodingTask
 from jaxvram.tasks.diffusion import DiffusionTask
 from jaxvram.tasks.language import LanguageTask
 
-TASKS = {"language": LanguageTask, "diffusion": DiffusionTask}
+TASKS = {"language": LanguageTask, "diffusion": DiffusionTask, "autoencoding": AutoencodingTask}
 LANGUAGE_MODELS = ("gpt2", "llama", "bitnet", "mamba", "mamba2", "moe", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
 TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | dict.fromkeys(("dit", "unet"), "diffusion")  # by the model's name
+TASK_OF["autoencoder"] = "autoencoding"
