@@ -36,13 +36,14 @@ def get_config(variant="auto"):
             learning_rate=1e-4, schedule="constant", b1=0.5, b2=0.9, clip_norm=0.0,
             groups={"all": ParamGroup(r".*")} if is_tiny else GROUPS,
         ),
-        train=TrainConfig(steps=250_000, batch_size=24, microbatch_size=8, ema_decay=0.999, log_every=50),
+        train=TrainConfig(steps=250_000, batch_size=24, microbatch_size=12, ema_decay=0.999, log_every=50),
         eval=EvalConfig(every=5_000, batches=20),
         sample=ReconstructionConfig(num_samples=16, batch_size=8),
         checkpoint=CheckpointConfig(every=5_000),
     )  # fmt: skip
     if variant == "small":
         c.model.base_width = 64
+        c.train.microbatch_size = 0
     if is_tiny:  # 32 px to 8 x 8 x 4
         c.model.update(image_size=32, base_width=32, multipliers="1,2,2", remat="none", dtype="float32")
         c.task.score_images = 256
