@@ -45,7 +45,7 @@ def make_task(recipe):
 
     class Given(DiffusionTask):
         def loss(self, params, batch, key):
-            parts = self.losses(params, batch["images"], batch["labels"], batch["t"], batch["noise"])
+            parts = self.losses(params, batch["images"], self.conditions.of_batch(batch), batch["t"], batch["noise"])
             return parts["mse"].sum(), np.float32(BATCH), {}
 
     return Given(models.build(recipe.model), None, recipe.task, recipe.sample)

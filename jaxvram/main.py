@@ -13,13 +13,23 @@ from jaxvram.vram.cards import MEMORY_FRACTION
 
 MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare", "kernels", "build")
 
+WITHOUT_RECIPE = {  # modes that read none -> the flags that they read
+    "prepare": "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
+    "for images --autoencoder, --image_size",
+    "build": "--input=EXPERTS.toml and --out=DIR",
+    "kernels": "--card; its shapes are fixed",
+    "plan": "of encoders --autoencoder, --image_size, --text_encoder, --context_length; --card, --workdir",
+}
+
 USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
 
   --mode=train    train, or resume what the workdir holds (the default)
   --mode=eval     loss of a checkpoint on the fixed evaluation batches, and scores
-  --mode=sample   from a checkpoint: text (--config.sample.prompt=..., .prompt_file, .temperature, .top_k, .top_p, .seed)
-                  or images (--config.sample.classes=..., .sampler, .steps, .guidance, .num_samples, .seed)
-  --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
+  --mode=sample   from a checkpoint: text (--prompt=..., --config.sample.prompt_file, .temperature, .top_k, .top_p, .seed)
+                  or images (--prompt="a red circle | a cross" or --config.sample.classes=..., .negative_prompt, .sampler,
+                  .steps, .guidance, .num_samples, .seed, .init_image, .strength)
+  --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them); without a
+                  recipe, what encoding needs: --autoencoder=FOLDER --image_size=256, --text_encoder=FOLDER
   --mode=fit      the fastest microbatch and remat that fit --card
   --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
                   --search=batch|context: the largest that fits, of both; --measure: both run on this machine instead,
@@ -84,20 +94,11 @@ def _run(argv: list[str]) -> int:
     _connect(options)
     from jaxvram import modes
 
-    if options.mode == "prepare":
+    of_encoders = options.mode == "plan" and not recipe_file and (options.autoencoder or options.text_encoder)
+    if of_encoders or options.mode in WITHOUT_RECIPE.keys() - {"plan"}:
         if recipe_file or len(overrides) > 1:
-            flags_of = "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
-            flags_of += "for images --autoencoder, --image_size"
-            raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
-        return modes.prepare(options)
-    if options.mode == "build":
-        if recipe_file or len(overrides) > 1:
-            raise UserError("--mode=build reads no recipe: give --input=EXPERTS.toml and --out=DIR")
-        return modes.build(options)
-    if options.mode == "kernels":
-        if recipe_file or len(overrides) > 1:
-            raise UserError("--mode=kernels reads no recipe: its shapes are fixed; give --card")
-        return modes.kernels(options)
+            raise UserError(f"--mode={options.mode} reads no recipe: give {WITHOUT_RECIPE[options.mode]}")
+        return (modes.plan_encoders if of_encoders else getattr(modes, options.mode))(options)
     if not recipe_file:
         raise UserError("--config=configs/NAME.py is missing; --help shows the usage")
     from jaxvram import recipe
@@ -113,6 +114,10 @@ def _run(argv: list[str]) -> int:
         file = recipe_file.partition(":")[0]
         if jax.process_index() == 0:
             print(f"{name}: variant {variant}; to insist on one: --config={file}:VARIANT", flush=True)
+    if options.prompt is not None:
+        if options.mode != "sample":
+            raise UserError(f"--prompt is for --mode=sample; for --mode={options.mode} set --config.sample.prompt")
+        overrides = [*overrides, f"--config.sample.prompt={options.prompt}"]
     _override(config, overrides)
     default = f"runs/{name}" + (f"-{variant}" if asked else "")
     workdir = pathlib.Path(options.workdir or default)
@@ -141,6 +146,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("mode", "train", f"One of {', '.join(MODES)}.")
     text("workdir", None, "The run folder; default runs/NAME[-VARIANT].")
     text("card", None, "For plan, fit and compare: rtx4070 and so on; `list` shows them; default: the GPU of this machine.")
+    text("prompt", None, "For sample: what --config.sample.prompt says, in fewer letters.")
     text("checkpoint", "best", "For eval, sample and export: best or latest.")
     text("out", None, "For export, prepare and build: the folder to write; for export of an RWKV also FILE.pth.")
     text("input", None, "For prepare: a text, a folder of texts, or of images with a folder a class. For build: a .toml.")
@@ -150,7 +156,9 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_boolean("adapter", False, about, flag_values=values)
     text("storage", None, "For export of a BitNet, how its matrices lie: latent or 2bit; in a .gguf file tq2_0 or tq1_0.")
     text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")
-    text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
+    text("autoencoder", None, "For prepare, and to plan it: what turns images into latents: random, or a folder.")
+    text("text_encoder", None, "For prepare, and to plan it: the folder of what turns captions into features.")
+    number("context_length", None, "For prepare, and to plan it: tokens of a caption; default: the text encoder's own.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")

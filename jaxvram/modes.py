@@ -1,6 +1,7 @@
 """What launch.py can do with a recipe: one function a mode, `(recipe, workdir, options) -> exit status`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -8,7 +9,7 @@ import time
 
 import jax
 
-from jaxvram.convert import converter, peft
+from jaxvram.convert import converter, diffusers_lora, peft
 from jaxvram.convert.packaged import locate
 from jaxvram.errors import UserError
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
@@ -16,6 +17,7 @@ from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.tasks.chat import chat
 from jaxvram.train import metrics, report
+from jaxvram.train.average import with_average
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
@@ -79,7 +81,7 @@ def evaluate(recipe, workdir: pathlib.Path, options) -> int:
 
 def sample(recipe, workdir: pathlib.Path, options) -> int:
     """What the recipe's sample section asks for, on the terminal and in samples/."""
-    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint)
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, check=lambda task: task.check_samples())
     if getattr(recipe.sample, "chat", False):
         chat(task, params, sys.stdin, lambda text: print(text, end="", flush=True))
         return 0
@@ -103,11 +105,15 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     measures = hasattr(TASKS[TASK_OF[name_of(recipe.model)]], "measured")  # an autoencoder's scale is told by its data
     task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=measures)
     if options.adapter:
-        peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
-        print(f"what step {step} of {workdir} added, as a folder of peft's: {options.out}")
+        if hasattr(source, "lora_module"):
+            diffusers_lora.save(params, recipe.model, recipe.finetune, options.out, recipe.train.init_from)
+        else:
+            peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
+        library = "diffusers" if hasattr(source, "lora_module") else "peft"
+        print(f"what step {step} of {workdir} added, as a folder of {library}'s: {options.out}")
         return 0
     if recipe.finetune.adds:
-        params = merged(task.model, params)
+        params = merged(task.model, params, task.example())
     if is_official:
         source.save_official(params, task.model.cfg, options.out)
         print(f"step {step} of {workdir} as an official checkpoint: {options.out}")
@@ -203,8 +209,11 @@ def kernels(options) -> int:
     return 0
 
 
-def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True):
-    """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet."""
+def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = True, check=lambda task: None):
+    """(task, evaluated weights, step) of a run folder, or of `train.init_from` where there is no run yet.
+
+    `check(task)` is called before any weights are on the card.
+    """
     check_workdir(workdir, recipe)
     kinds = [kind for kind in (kind, "latest", "best") if look(workdir, kind).step is not None]
     if not kinds and not recipe.train.init_from:
@@ -215,13 +224,14 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     task = make_task(recipe, with_data)
     if with_data:
         check_workdir(workdir, recipe, task.data_identity)
+    check(task)
     mesh = make_mesh(recipe.mesh)
     if not kinds:
         return task, join(*make_program(recipe, task, mesh).parameters(load_base(recipe, task))), 0
     checkpoints = Checkpoints(workdir)
     program = make_program(recipe, task, mesh)
     target = program.target.replace(frozen=program.frozen(load_frozen(recipe, task)))
-    weights, meta = checkpoints.restore_weights(kinds[0], target)
+    weights, meta = checkpoints.restore_weights(kinds[0], with_average(recipe.train, target))
     checkpoints.close()
     return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
 
@@ -235,7 +245,10 @@ def load_base(recipe, task):
     base = _read_base(recipe, task)
     if recipe.finetune.adapter_from:
         shapes = jax.eval_shape(task.init, jax.random.key(0))
-        base = join(base, peft.load(recipe.finetune.adapter_from, shapes, recipe.finetune))
+        where, cfg = recipe.finetune.adapter_from, task.model.cfg
+        is_denoiser = hasattr(converter(cfg), "lora_module")
+        load = functools.partial(diffusers_lora.load, cfg=cfg) if is_denoiser else peft.load
+        base = join(base, load(where, shapes, finetune=recipe.finetune))
     return base
 
 
@@ -249,8 +262,8 @@ def _read_base(recipe, task):
     if not recipe.finetune.adds:
         return source.load_params(path, cfg)
     if hasattr(source, "tensors"):
-        return base_parameters(task.model, source.tensors(path, cfg))
-    return base_parameters(task.model, one_by_one(source.load_params(path, cfg)))
+        return base_parameters(task.model, source.tensors(path, cfg), task.example())
+    return base_parameters(task.model, one_by_one(source.load_params(path, cfg)), task.example())
 
 
 def plan(recipe, workdir: pathlib.Path, options) -> int:
@@ -266,6 +279,13 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     if metrics.read(workdir):
         report.write_report(workdir)  # its page shows the plan
     return 0
+
+
+def plan_encoders(options) -> int:
+    """What encoding images and captions once needs on a card."""
+    from jaxvram import plan_encoders as encoders
+
+    return encoders.plan_encoders(options, _say)
 
 
 def compare(recipe, workdir: pathlib.Path, options) -> int:

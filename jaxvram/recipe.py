@@ -150,6 +150,8 @@ def _from_config(hint, value, path: str):
     if hint is float and type(value) is int:
         return float(value)
     plain = typing.get_origin(hint) or hint
+    if plain is tuple and type(value) is list:  # after a journey through JSON
+        return tuple(value)
     if type(value) is not plain:
         raise UserError(f"{path}={value!r} is a {type(value).__name__}; it must be a {plain.__name__}")
     return value

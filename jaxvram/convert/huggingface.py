@@ -102,6 +102,14 @@ class HuggingFaceFolder:
         """Of the tensor of that name; () where there is none."""
         return tuple(self._open(self.path / self._file_of[name]).get_slice(name).get_shape()) if name in self else ()
 
+    def some_rows(self, name: str, count: int) -> np.ndarray:
+        """That many rows of a tensor, evenly spaced from its first to its last; all where it has no more."""
+        if name not in self:
+            raise UserError(f"{self.path} has no tensor {name!r}: it is incomplete, or another kind of model")
+        found = self._open(self.path / self._file_of[name]).get_slice(name)
+        rows = found.get_shape()[0]
+        return np.concatenate([found[i : i + 1] for i in sorted({rows * k // count for k in range(count)} | {rows - 1})])
+
     def read_layers(self, name: str, out_L: np.ndarray, transposed: bool = False) -> None:
         """Fills out_L[i] with the tensor `name.format(i)`, in the dtype of out_L."""
         for i, out in enumerate(out_L):

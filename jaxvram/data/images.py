@@ -7,7 +7,7 @@ A source of images has
   `batch(split, n, batch_size, rows=slice(None)) -> {"images": float32 (B, H, W, C) in [-1, 1], "labels": int32 (B,)}`,
     where only `rows` are made and no row depends on which;
   `train_images(limit)` and `val_images(limit)`: (images, labels) of the first examples in a fixed order, never flipped;
-  `to_pixels(images) -> uint8 (B, H', W', 3)`, to be looked at.
+  `to_pixels(images) -> uint8 (B, H', W', 3)`, to be looked at, and `from_pixels`, its inverse; `pixel_size`: (H', W').
 """
 
 import dataclasses
@@ -148,8 +148,15 @@ class ArraySource:
     def val_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         return self._first("val", limit)
 
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        return self.shape[:2]
+
     def to_pixels(self, images_BxHxWxC) -> np.ndarray:
         return to_uint8(images_BxHxWxC)
+
+    def from_pixels(self, pixels_BxHxWx3: np.ndarray) -> np.ndarray:
+        return of_channels(to_float(pixels_BxHxWx3), self.shape[-1])
 
     def _first(self, split: str, limit: int):
         index_N = np.arange(min(limit, len(self._parts[split])))
@@ -188,6 +195,11 @@ def to_uint8(images_BxHxWxC) -> np.ndarray:
     images = np.nan_to_num(np.asarray(images_BxHxWxC, np.float32), nan=0.0)
     pixels = np.rint(np.clip(images, -1, 1) * 127.5 + 127.5).astype(np.uint8)
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def of_channels(images_BxHxWx3: np.ndarray, channels: int) -> np.ndarray:
+    """Colours, or their mean where there is one channel."""
+    return images_BxHxWx3.mean(-1, keepdims=True) if channels == 1 else images_BxHxWx3
 
 
 def uniforms(seed: int, split: str, number_B: np.ndarray, count: int) -> np.ndarray:

@@ -64,6 +64,13 @@ class ShapesSource:
     def to_pixels(self, images_BxHxWx3) -> np.ndarray:
         return to_uint8(images_BxHxWx3)
 
+    def from_pixels(self, pixels_BxHxWx3: np.ndarray) -> np.ndarray:
+        return to_float(pixels_BxHxWx3)
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        return self.shape[:2]
+
     def score(self, images_BxHxWx3, labels_B, positions_B=None) -> dict[str, float]:
         return score(images_BxHxWx3, labels_B, positions_B)
 

@@ -76,7 +76,9 @@ class UNetConfig:
         self._check_levels()
         self._check_widths()
         if self.num_classes and self.context_dim:
-            raise UserError("model: it is told of a class (num_classes) or by a text (context_dim); set one of them to 0")
+            raise UserError(
+                "model: it is told of a class (num_classes) or by a text (context_dim); set one of them to 0"
+            )
         if self.text_layers and (not self.context_dim or self.context_dim % self.text_heads):
             raise UserError("model.text_layers: its encoder's width, context_dim, must be a multiple of text_heads")
 
@@ -130,9 +132,6 @@ class UNetConfig:
             remat=self.remat, unroll_layers=self.remat == "none", dtype=self.dtype, param_dtype=self.param_dtype,
             kernels=self.kernels,
         )  # fmt: skip
-
-
-
 
 
 class UNet(nn.Module):

@@ -29,6 +29,10 @@ class DiffusionSampleConfig:
     fixed_variance: str = "small"  # small | large: of ddpm where the model has not learned it (Ho et al. 2020, 3.2)
     clip: bool = False  # the image foreseen at each step into [-1, 1]: for pixels, not for latents
     classes: str = ""  # numbers or names, separated by commas; empty: all in turn
+    prompt: str = ""  # of models that read text; several are separated by |; empty: captions of held-out images
+    negative_prompt: str = ""  # what guidance leads away from; empty: the empty text
+    init_image: str = ""  # a picture to start from instead of noise (SDEdit: Meng et al. 2021, arXiv:2108.01073)
+    strength: float = 0.75  # of the noise laid over it, as a share of the steps: 1 leaves nothing of it
     num_samples: int = 16
     batch_size: int = 64  # images at a time
     seed: int = 0
@@ -41,18 +45,22 @@ class DiffusionSampleConfig:
                 raise UserError(f"sample.{field}={value!r} is unknown{nearest(value, valid)}")
         if min(self.steps, self.num_samples, self.batch_size) < 1 or min(self.guidance, self.eta) < 0:
             raise UserError("sample: steps, num_samples and batch_size must be at least 1, guidance and eta not negative")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"sample.strength={self.strength} must lie above 0 and be at most 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"sample.seed={self.seed} is not in [0, 2^32)")
 
 
-def sample(denoise, noise: Noise, x_BxHxWxC, key, cfg: DiffusionSampleConfig):
-    """Images from pure noise. Jit it; the scan inside compiles `denoise` once.
+def sample(denoise, noise: Noise, x_BxHxWxC, key, cfg: DiffusionSampleConfig, init_BxHxWxC=None):
+    """Images from pure noise, or from an image and noise. Jit it; the scan inside compiles `denoise` once.
 
     Args:
       denoise: (x, t_B) -> (prediction, fraction or None), both like x, fp32; t on the schedule's own scale.
       noise: what the prediction means.
       x_BxHxWxC: standard normal.
       key: of the noise that ddpm, and ddim with eta, add on the way.
+      init_BxHxWxC: (None) images to start from: of the steps only the last `strength` are gone, from as much noise as there
+        is at the first of them.
     Raises:
       UserError: a sampler that does not go with the schedule, or more steps than there are timesteps.
     """
@@ -67,9 +75,19 @@ def sample(denoise, noise: Noise, x_BxHxWxC, key, cfg: DiffusionSampleConfig):
         "heun": functools.partial(_heun, denoise),
     }[cfg.sampler]
     keys = jax.random.split(key, cfg.steps)
+    if init_BxHxWxC is not None:
+        first = cfg.steps - max(1, round(cfg.strength * cfg.steps))
+        table, keys = _from_step(table, first), keys[first:]
+        x_BxHxWxC = table["alpha"][0] * init_BxHxWxC + table["sigma"][0] * x_BxHxWxC
     carry = (x_BxHxWxC, jnp.zeros_like(x_BxHxWxC))  # the image, and the x_0 foreseen one step before
     (x_BxHxWxC, _), _ = jax.lax.scan(lambda carry, at: (step(carry, *at), None), carry, (table, keys))
     return x_BxHxWxC
+
+
+def _from_step(table: dict, first: int) -> dict:
+    """The rest of a table of steps; its first has no x_0 foreseen before it."""
+    table = {name: values[first:] for name, values in table.items()}
+    return table | {"change": table["change"].at[0].set(0)} if "change" in table else table
 
 
 def invert(denoise, noise: Noise, x_BxHxWxC, steps: int):

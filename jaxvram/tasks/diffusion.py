@@ -1,7 +1,7 @@
 """Diffusion: what a denoiser learns, what is measured, and the images it shows. One task for every denoiser.
 
-A denoiser is a Linen module `model(x_BxHxWxC, t_B, labels_B) -> (B, H, W, C or 2 C)` with `cfg.image_size`, `.channels`,
-`.num_classes`, `.learn_sigma`; class number `num_classes` means "none".
+A denoiser is a Linen module `model(x_BxHxWxC, t_B, condition) -> (B, H, W, C or 2 C)` with `cfg.image_size`, `.channels`,
+`.num_classes`, `.learn_sigma`; the condition is labels_B, a text (tasks/conditions.py), or None.
 """
 
 import dataclasses
@@ -16,11 +16,13 @@ import numpy as np
 from jaxvram import models
 from jaxvram.data import images
 from jaxvram.errors import UserError, nearest
+from jaxvram.finetune.adapted import adapted
 from jaxvram.sample import diffusion as samplers
 from jaxvram.sample.diffusion import DiffusionSampleConfig
 from jaxvram.sample.noise import Noise, over_image
+from jaxvram.tasks.conditions import conditions, reads_text
 from jaxvram.tasks.judge import Judge
-from jaxvram.tasks.samples import Samples, grid_png, npz
+from jaxvram.tasks.samples import Samples, grid_png, npz, read_image
 from jaxvram.tasks.variational import bound_in_bits
 
 BUCKETS = 10  # of timesteps, in which the validation loss is told
@@ -40,7 +42,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False  # the last timestep is noise alone; with v and x0
     timestep_sampling: str = "uniform"  # uniform | logit_normal (more from the middle: Esser et al. 2024)
     min_snr_gamma: float = 0.0  # 5 is usual; 0: every timestep weighs the same
-    label_dropout: float = 0.1  # share of labels replaced by "none", for guidance
+    label_dropout: float = 0.1  # share of labels replaced by "none", and of texts by the empty one, for guidance
     score_samples: int = 0  # samples scored at each evaluation; 0: none
 
     def __post_init__(self):
@@ -73,10 +75,10 @@ class DiffusionTask:
     @classmethod
     def of_recipe(cls, recipe, with_data: bool = True, say: Callable[[str], None] = lambda _: None) -> "DiffusionTask":
         """The task of a recipe. Without data, for a plan: the model says what shape they have."""
-        if recipe.finetune.method != "none":
-            raise UserError(f"finetune.method={recipe.finetune.method} is for language models: set it to none")
+        if recipe.finetune.method not in ("none", "lora"):
+            raise UserError(f"finetune.method={recipe.finetune.method} is for language models: set it to none or lora")
         source = images.load(recipe.data, recipe.train.seed) if with_data else None
-        return cls(models.build(recipe.model), source, recipe.task, recipe.sample)
+        return cls(adapted(models.build(recipe.model), recipe.finetune), source, recipe.task, recipe.sample)
 
     def __init__(self, model, source, cfg: DiffusionConfig, sample: DiffusionSampleConfig):
         self.model, self.source, self.cfg, self.sample = model, source, cfg, sample
@@ -84,8 +86,9 @@ class DiffusionTask:
         of_model = model.cfg
         if of_model.learn_sigma and self.noise.is_flow:
             raise UserError("model.learn_sigma=True has no meaning with task.schedule=flow: set it to False")
-        if sample.guidance != 1 and not (of_model.num_classes and cfg.label_dropout):
-            why = "the model has no classes" if not of_model.num_classes else "task.label_dropout=0 teaches no 'no class'"
+        self.conditions = conditions(of_model, source, sample)
+        why = self.conditions.untaught or ("" if cfg.label_dropout else "task.label_dropout=0 teaches no 'no class'")
+        if sample.guidance != 1 and why:
             raise UserError(f"sample.guidance={sample.guidance} has nothing to measure from: {why}; set it to 1")
         samplers.check(self.noise, sample)
         if source is not None:
@@ -99,7 +102,7 @@ class DiffusionTask:
             H, W, C = source.shape
             advice = f"set model.image_size={H} model.channels={C}" if H == W else "images must be square"
             raise UserError(f"the data are {H} x {W} with {C} channels, the model is for {shape}: {advice}")
-        if cfg.num_classes not in (0, source.num_classes):
+        if not reads_text(cfg) and cfg.num_classes not in (0, source.num_classes):
             raise UserError(
                 f"the data have {source.num_classes} classes, the model model.num_classes={cfg.num_classes}: set it to "
                 f"{source.num_classes}, or to 0 for a model that ignores classes"
@@ -113,26 +116,27 @@ class DiffusionTask:
     def batch_spec(self, batch_size: int):
         cfg = self.model.cfg
         images = jax.ShapeDtypeStruct((batch_size, cfg.image_size, cfg.image_size, cfg.channels), jnp.float32)
-        return {"images": images, "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+        return {"images": images} | self.conditions.spec(batch_size)
+
+    def example(self) -> tuple:
+        """What the model is called with, of one image."""
+        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.batch_spec(1))
+        return batch["images"], jnp.zeros(1), self.conditions.given(self.conditions.of_batch(batch))
 
     def init(self, key):
         """Parameters from the architecture's own distributions."""
-        spec = self.batch_spec(1)
-        images, labels = (jnp.zeros(s.shape, s.dtype) for s in (spec["images"], spec["labels"]))
-        return self.model.init(key, images, jnp.zeros(1), self._given(labels))["params"]
-
-    def _given(self, labels_B):
-        return labels_B if self.model.cfg.num_classes else None
+        return self.model.init(key, *self.example())["params"]
 
     def loss(self, params, batch, key):
         """(sum over images of the mean loss a number, images, sums of its parts)."""
         t_key, noise_key, drop_key = jax.random.split(key, 3)
-        labels_B = batch["labels"]
-        drops_B = jax.random.bernoulli(drop_key, self.cfg.label_dropout, labels_B.shape)
-        labels_B = jnp.where(drops_B, self.model.cfg.num_classes, labels_B)
-        t_B = self._timesteps(jax.random.uniform(t_key, labels_B.shape), spread=True)
+        B = batch["images"].shape[0]
+        drops_B = jax.random.bernoulli(drop_key, self.cfg.label_dropout, (B,))
+        condition = self.conditions.dropped(self.conditions.of_batch(batch), drops_B)
+        t_B = self._timesteps(jax.random.uniform(t_key, (B,)), spread=True)
         eps_BxHxWxC = jax.random.normal(noise_key, batch["images"].shape)
-        parts = self.losses(params, batch["images"], labels_B, t_B, eps_BxHxWxC)
+        dropout_key = jax.random.fold_in(key, 3) if self._drops else None
+        parts = self.losses(params, batch["images"], condition, t_B, eps_BxHxWxC, dropout_key)
         total_B = sum(parts.values())
         sums = {name: part_B.sum() for name, part_B in parts.items()} if len(parts) > 1 else {}
         return total_B.sum(), jnp.float32(total_B.size), sums
@@ -142,11 +146,12 @@ class DiffusionTask:
 
         Row i of a batch of B gets a timestep from the i-th of B equal parts: the whole range, with little variance.
         """
-        B = batch["labels"].shape[0]
+        B = batch["images"].shape[0]
         within_key, noise_key = jax.random.split(key)
         u_B = (jnp.arange(B) + jax.random.uniform(within_key, (B,))) / B
         eps_BxHxWxC = jax.random.normal(noise_key, batch["images"].shape)
-        parts = self.losses(params, batch["images"], batch["labels"], self._timesteps(u_B, spread=False), eps_BxHxWxC)
+        condition, t_B = self.conditions.of_batch(batch), self._timesteps(u_B, spread=False)
+        parts = self.losses(params, batch["images"], condition, t_B, eps_BxHxWxC)
         total_B = sum(parts.values())
         found = {"loss": (total_B.sum(), jnp.float32(B))}
         found |= {name: (part_B.sum(), jnp.float32(B)) for name, part_B in parts.items() if len(parts) > 1}
@@ -165,10 +170,10 @@ class DiffusionTask:
             return u_B * self.cfg.timesteps
         return jnp.minimum((u_B * self.cfg.timesteps).astype(jnp.int32), self.cfg.timesteps - 1)
 
-    def losses(self, params, x0_BxHxWxC, labels_B, t_B, eps_BxHxWxC) -> dict:
+    def losses(self, params, x0_BxHxWxC, condition, t_B, eps_BxHxWxC, dropout_key=None) -> dict:
         """{part: (B,)}: mse of the prediction, weighted; with learn_sigma the variational bound in bits as well."""
         x_t = self.noise.add(x0_BxHxWxC, eps_BxHxWxC, t_B)
-        said, fraction = self._predict(params, x_t, t_B, labels_B)
+        said, fraction = self._predict(params, x_t, t_B, condition, dropout_key)
         mse_B = jnp.square(said - self.noise.target(x0_BxHxWxC, eps_BxHxWxC, t_B)).mean((1, 2, 3))
         if self.cfg.min_snr_gamma:
             mse_B *= MINSNR_OF[self.cfg.prediction](jnp.maximum(self.noise.snr(t_B), 1e-8), self.cfg.min_snr_gamma)
@@ -179,23 +184,30 @@ class DiffusionTask:
         bound_B = bound_in_bits(self.noise, x0_BxHxWxC, x_t, t_B, x0_foreseen, fraction)
         return {"mse": mse_B, "bound": bound_B}
 
-    def _predict(self, params, x_t, t_B, labels_B):
-        """(prediction, variance's place between its bounds or None)."""
-        said = self.model.apply({"params": params}, x_t, t_B, self._given(labels_B))
+    @property
+    def _drops(self) -> bool:
+        """Does the model, or its LoRA, drop anything in training?"""
+        added = getattr(self.model, "finetune", None)
+        return getattr(self.model.cfg, "dropout", 0) > 0 or (added is not None and added.dropout > 0)
+
+    def _predict(self, params, x_t, t_B, condition, dropout_key=None):
+        """(prediction, variance's place between its bounds or None); dropout only with a key."""
+        how = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        said = self.model.apply({"params": params}, x_t, t_B, self.conditions.given(condition), **how)
         if not self.model.cfg.learn_sigma:
             return said, None
         said, place = jnp.split(said, 2, axis=-1)
         return said, (place + 1) / 2
 
-    def denoiser(self, params, labels_B):
-        """`(x, t_B) -> (prediction, fraction)` of these classes, guided as config.sample asks: what a sampler takes."""
+    def denoiser(self, params, condition):
+        """`(x, t_B) -> (prediction, fraction)` under this condition, guided as config.sample asks: what a sampler takes."""
         if self.sample.guidance == 1:
-            return lambda x, t_B: self._predict(params, x, t_B, labels_B)
-        none_B = jnp.full_like(labels_B, self.model.cfg.num_classes)
-        both_labels = jnp.concatenate([labels_B, none_B])
+            return lambda x, t_B: self._predict(params, x, t_B, condition)
+        twice = lambda a, b: jnp.concatenate([a, b])
+        both = jax.tree.map(twice, condition, self.conditions.opposite(condition))
 
         def guided(x, t_B):
-            said, fraction = self._predict(params, jnp.concatenate([x, x]), jnp.concatenate([t_B, t_B]), both_labels)
+            said, fraction = self._predict(params, twice(x, x), twice(t_B, t_B), both)
             conditional, unconditional = jnp.split(said, 2)
             towards = unconditional + self.sample.guidance * (conditional - unconditional)
             if self.sample.guidance_channels == "first3":
@@ -204,56 +216,55 @@ class DiffusionTask:
 
         return guided
 
-    def draw(self, params, labels_B, key):
-        """Images of these classes, as the model sees images; jit it."""
+    def draw(self, params, condition, key, init_1xHxWxC=None):
+        """Images under this condition, as the model sees images; jit it. `init`: what to start from, if not from noise."""
         noise_key, key = jax.random.split(key)
-        cfg = self.model.cfg
-        x_BxHxWxC = jax.random.normal(noise_key, (labels_B.shape[0], cfg.image_size, cfg.image_size, cfg.channels))
-        return samplers.sample(self.denoiser(params, labels_B), self.noise, x_BxHxWxC, key, self.sample)
+        cfg, B = self.model.cfg, jax.tree.leaves(condition)[0].shape[0]
+        x_BxHxWxC = jax.random.normal(noise_key, (B, cfg.image_size, cfg.image_size, cfg.channels))
+        denoise = self.denoiser(params, condition)
+        return samplers.sample(denoise, self.noise, x_BxHxWxC, key, self.sample, init_1xHxWxC)
 
     def sampling(self, params):
         """(function, arguments) of what sampling compiles, for a plan."""
         rows = min(self.sample.batch_size, max(self.sample.num_samples, self.cfg.score_samples))
-        labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return self.draw, (params, labels, jax.eval_shape(lambda: jax.random.key(0)))
+        condition = self.conditions.of_batch(self.conditions.spec(rows))
+        return self.draw, (params, condition, jax.eval_shape(lambda: jax.random.key(0)))
 
-    def _images(self, params, labels_N: np.ndarray, seed: int) -> np.ndarray:
-        """Images of these classes, `sample.batch_size` at a time; the last batch is filled up, so that one size compiles."""
-        rows = min(self.sample.batch_size, len(labels_N))
+    def _images(self, params, condition: dict, seed: int, init=None) -> np.ndarray:
+        """Images, `sample.batch_size` at a time; the last batch is filled up, so that one size compiles."""
+        N = len(jax.tree.leaves(condition)[0])
+        rows = min(self.sample.batch_size, N)
         draw, images = self._compiled(), []
-        for i in range(math.ceil(len(labels_N) / rows)):
-            labels_B = np.resize(labels_N[i * rows : (i + 1) * rows], rows).astype(np.int32)
-            images.append(np.asarray(draw(params, labels_B, jax.random.fold_in(jax.random.key(seed), i))))
-        return np.concatenate(images)[: len(labels_N)]
+        for i in range(math.ceil(N / rows)):
+            here = np.resize(np.arange(i * rows, min((i + 1) * rows, N)), rows)
+            of_batch = jax.tree.map(lambda x, here=here: x[here], condition)
+            images.append(np.asarray(draw(params, of_batch, jax.random.fold_in(jax.random.key(seed), i), init)))
+        return np.concatenate(images)[:N]
 
     def _compiled(self):
         if not hasattr(self, "_draw"):
             self._draw = jax.jit(self.draw)
         return self._draw
 
-    def _labels(self, count: int) -> np.ndarray:
-        """The classes asked for, again and again until there are `count`."""
-        num_classes = self.model.cfg.num_classes
-        if not num_classes:
-            if self.sample.classes:
-                raise UserError("sample.classes is set, and the model has no classes")
-            return np.zeros(count, np.int32)
-        names = list(self.source.class_names) if self.source is not None else []
-        numbers = []
-        for word in (w.strip() for w in self.sample.classes.split(",") if w.strip()):
-            number = names.index(word) if word in names else int(word) if word.isdecimal() else -1
-            if not 0 <= number < num_classes:
-                hint = nearest(word, names) if len(names) <= 50 else ""
-                raise UserError(f"sample.classes: {word!r} is no class; numbers are 0 to {num_classes - 1}{hint}")
-            numbers.append(number)
-        return np.resize(numbers or np.arange(num_classes), count).astype(np.int32)
-
     def check_samples(self) -> None:
-        """Raises the UserError that `show` would meet only after the first hundreds of steps."""
-        self._labels(1)
+        """Raises the UserError that `show` would meet only after the first hundreds of steps.
+
+        Prompts are encoded here: before the weights are on the card, where a text encoder has room.
+        """
+        self._asked, self._init = self.conditions.asked(self.sample.num_samples), self._init_image()
+        if self.cfg.score_samples and self.reads_text and hasattr(self.source, "unseen"):
+            prompts, labels_N = self.source.unseen(self.cfg.score_samples)
+            self._unseen = self.conditions.of_prompts(prompts), labels_N
+
+    def _init_image(self):
+        """(1, H, W, C) as the model sees images, or None."""
+        if not self.sample.init_image:
+            return None
+        H, W = self.source.pixel_size
+        return self.source.from_pixels(read_image(self.sample.init_image, H, W)[None])
 
     def show(self, params) -> Samples:
-        """A grid, a row for as many samples as there are classes, or nearly square."""
+        """A grid, a column for each class or prompt asked for, or nearly square."""
         return self._shown(params)[0]
 
     def show_on_request(self, params) -> Samples:
@@ -262,22 +273,39 @@ class DiffusionTask:
         return Samples(samples.text, samples.files | {".npz": npz(pixels)})
 
     def _shown(self, params):
-        labels_N = self._labels(self.sample.num_samples)
-        pixels = self.source.to_pixels(self._images(params, labels_N, self.sample.seed))
-        period = len(set(labels_N.tolist()))
-        columns = period if 1 < period <= 16 else math.ceil(math.sqrt(len(labels_N)))
-        names, shown = self.source.class_names, pixels[:256]
-        of = [names[i] if names else str(i) for i in labels_N[: min(period, 20)]] if self.model.cfg.num_classes else []
+        if not hasattr(self, "_asked"):
+            self.check_samples()
+        condition, names = self._asked
+        pixels = self.source.to_pixels(self._images(params, condition, self.sample.seed, self._init))
+        period = len(dict.fromkeys(names))
+        columns = period if 1 < period <= 16 else math.ceil(math.sqrt(len(names)))
+        of = [name for name in dict.fromkeys(names) if name][:20]
         how = f"{self.sample.sampler}, {self.sample.steps} steps, guidance {self.sample.guidance:g}"
-        text = f"{len(labels_N)} images by {how}" + (f": {', '.join(of)}" if of else "")
-        return Samples(text, {".png": grid_png(shown, columns)}), pixels
+        text = f"{len(names)} images by {how}" + (f": {', '.join(of)}" if of else "")
+        titles = names[:columns] if self.reads_text and columns == period else names if self.reads_text else ()
+        return Samples(text, {".png": grid_png(pixels[:256], columns, titles=titles)}), pixels
+
+    @property
+    def reads_text(self) -> bool:
+        return reads_text(self.model.cfg)
 
     def scores(self, params) -> dict[str, float]:
-        """How right `score_samples` samples are: by the data's own rules, and by a small classifier trained on the data."""
-        if not self.cfg.score_samples or not self.model.cfg.num_classes:
+        """How right `score_samples` samples are: by the data's own rules, and by a small classifier trained on the data.
+
+        A model that reads text is asked for what the data hold out, and judged by the data's rules alone.
+        """
+        count = self.cfg.score_samples
+        if self.reads_text:
+            if not hasattr(self, "_asked"):
+                self.check_samples()
+            if not hasattr(self, "_unseen"):
+                return {}
+            condition, labels_N = self._unseen
+            return self.source.score(self._images(params, condition, self.sample.seed + 1), labels_N)
+        if not count or not self.model.cfg.num_classes:
             return {}
-        labels_N = np.resize(np.arange(self.model.cfg.num_classes), self.cfg.score_samples)
-        images = self._images(params, labels_N, seed=self.sample.seed + 1)
+        condition = self.conditions.all_classes(count)
+        labels_N, images = condition["labels_B"], self._images(params, condition, self.sample.seed + 1)
         if self._judge is None:
             self._judge = Judge.trained_on(self.source)
         found = self._judge.scores(images, labels_N)

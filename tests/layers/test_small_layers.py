@@ -95,7 +95,8 @@ def test_activations_own_gradient(name):
     x_N = np.linspace(-6, 6, 97)
     by_erf = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
     by_tanh = lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    f = {"gelu": by_erf, "gelu_tanh": by_tanh}[name]
+    by_logistic = lambda x: x / (1 + np.exp(-1.702 * x))
+    f = {"gelu": by_erf, "gelu_tanh": by_tanh, "quick_gelu": by_logistic}[name]
     slope = (f(x_N + 1e-5) - f(x_N - 1e-5)) / 2e-5
     gradient = quick.jit(jax.vmap(jax.grad(ACTIVATIONS[name])))
     np.testing.assert_allclose(gradient(x_N.astype(np.float32)), slope, atol=1e-5)

@@ -80,3 +80,24 @@ def test_all_timesteps_are_few_enough():
     for sampler, steps in (("ddpm", 50), ("ddim", 50), ("dpm++", 49)):
         diffusion.check(Noise(T=50), DiffusionSampleConfig(sampler, steps))
     diffusion.check(Noise("flow", "velocity", 50), DiffusionSampleConfig("euler", 51))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler", "heun"])
+@pytest.mark.parametrize("strength", [0.25, 0.7, 1.0])
+def test_from_an_image_back_to_it(sampler, strength):
+    """A network that knows the noise laid over an image finds the image, however much of it was laid."""
+    random = np.random.RandomState(0)
+    image, eps = random.normal(0, 1, (2, 3, 2, 2, 1)).astype(np.float32)
+    noise = Noise("flow", "velocity") if sampler in ("euler", "heun") else Noise()
+    cfg = DiffusionSampleConfig(sampler, 8, strength=strength)
+    knows = eps - image if noise.is_flow else eps
+    found = quick.jit(lambda: sample(lambda x, t_B: (knows + 0 * x, None), noise, eps, KEY, cfg, image))()
+    np.testing.assert_allclose(found, image, atol=0.03 if strength == 1 and not noise.is_flow else 1e-3)
+
+
+@pytest.mark.parametrize(("strength", "gone"), [(0.25, 2), (0.7, 6), (1.0, 8), (0.01, 1)])
+def test_strength_is_the_share_of_steps_that_are_gone(strength, gone):
+    """With a velocity of 1 everywhere, what is lost is the noise there was at the first step."""
+    cfg, zero = DiffusionSampleConfig("euler", 8, strength=strength), np.zeros((1, 2, 2, 1), np.float32)
+    found = quick.jit(lambda: sample(lambda x, t_B: (1 + 0 * x, None), Noise("flow", "velocity"), zero, KEY, cfg, zero))()
+    np.testing.assert_allclose(found, -gone / 8, rtol=1e-5)

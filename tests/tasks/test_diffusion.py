@@ -42,7 +42,7 @@ def test_a_dit_learns():
 
 
 def said_of(task, labels_B, x, t_B):
-    return quick.jit(lambda params: task.denoiser(params, labels_B)(x, t_B))(grown())
+    return quick.jit(lambda params: task.denoiser(params, {"labels_B": labels_B})(x, t_B))(grown())
 
 
 def test_guidance():
@@ -67,7 +67,7 @@ def test_guidance():
 
 def test_a_model_of_fixed_variance_tells_none():
     task = stub_task(Stub(lambda params, x, *rest: x), DiffusionSampleConfig("ddim", 2, guidance=2.0))
-    assert task.denoiser({}, np.int32([0]))(np.ones((1, 2, 2, 1)), np.zeros(1))[1] is None
+    assert task.denoiser({}, {"labels_B": np.int32([0])})(np.ones((1, 2, 2, 1)), np.zeros(1))[1] is None
 
 
 @pytest.mark.parametrize(

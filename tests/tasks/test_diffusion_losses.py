@@ -72,7 +72,7 @@ def test_min_snr_weights(prediction):
     losses, images = [], batch_of(5)["images"]
     for min_snr_gamma in (0.0, gamma):
         task = stub_task(prediction=prediction, min_snr_gamma=min_snr_gamma)
-        losses.append(task.losses({}, images, np.zeros(5, np.int32), t_B, images[::-1])["mse"])
+        losses.append(task.losses({}, images, {"labels_B": np.zeros(5, np.int32)}, t_B, images[::-1])["mse"])
     snr_B = task.noise.alpha_bar_T[t_B] / (1 - task.noise.alpha_bar_T[t_B])
     least_B = np.stack([snr_B, gamma * np.ones(5)]).min(0)
     want_B = {"epsilon": least_B / snr_B, "v": least_B / (snr_B + 1), "x0": least_B}[prediction]

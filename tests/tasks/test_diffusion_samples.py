@@ -29,7 +29,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def test_classes_by_name_and_number(classes, labels):
     task = task_of({}, source(), classes=classes)
     task.check_samples()
-    assert task._labels(5).tolist() == labels and task._labels(5).dtype == np.int32
+    (condition, names), words = task.conditions.asked(5), ("ant", "bee", "cat")
+    assert condition["labels_B"].tolist() == labels and condition["labels_B"].dtype == np.int32
+    assert names == [words[label] for label in labels]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,8 @@ def numbered_task(**sample):
     """A task of which the images tell their label and their key, and the list of batches drawn."""
     task, batches = task_of({}, source(), **sample), []
 
-    def draw(params, labels_B, key):
+    def draw(params, condition, key, init):
+        labels_B = condition["labels_B"]
         batches.append(labels_B.tolist())
         random = np.random.RandomState(np.asarray(jax.random.key_data(key))).uniform(size=(len(labels_B), 8, 8, 4))
         random[:, 0, 0, 0] = labels_B
@@ -67,7 +70,7 @@ def numbered_task(**sample):
 def test_samples_are_drawn_in_batches_of_one_size(count, batch_size, batches):
     """The last is filled up, and what fills it is thrown away."""
     task, drawn = numbered_task(batch_size=batch_size)
-    images = task._images({}, task._labels(count), seed=0)
+    images = task._images({}, task.conditions.asked(count)[0], seed=0)
     assert drawn == batches and images.shape == (count, 8, 8, 4)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1][:count]
     assert len({image[1:].tobytes() for image in images}) == count  # no two batches take the same draws
@@ -114,7 +117,7 @@ def test_the_seed_decides():
 def test_a_grid_without_classes_is_nearly_square():
     sample = DiffusionSampleConfig(num_samples=7)
     task = DiffusionTask(Stub(num_classes=0), source(1, size=2), DiffusionConfig(), sample)
-    task._draw = lambda params, labels_B, key: jnp.zeros((len(labels_B), 2, 2, 1))
+    task._draw = lambda params, condition, *_: jnp.zeros((len(condition["labels_B"]), 2, 2, 1))
     samples = task.show({})
     assert set(samples.files) == {".png"} and samples.text == "7 images by ddpm, 250 steps, guidance 1"
     assert png_of(samples).size == (3 * 66 - 2, 3 * 66 - 2)
