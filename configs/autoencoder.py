@@ -42,10 +42,10 @@ def get_config(variant="auto"):
         checkpoint=CheckpointConfig(every=5_000),
     )  # fmt: skip
     if variant == "small":
-        c.model.base_width = 64
+        c.model.width = 64
         c.train.microbatch_size = 0
     if is_tiny:  # 32 px to 8 x 8 x 4
-        c.model.update(image_size=32, base_width=32, multipliers="1,2,2", remat="none", dtype="float32")
+        c.model.update(image_size=32, width=32, multipliers=(1, 2, 2), remat="none", dtype="float32")
         c.task.score_images = 256
         c.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=100, b1=0.9, b2=0.99, clip_norm=1.0)
         c.train.update(steps=1000, batch_size=16, microbatch_size=0, ema_decay=0.99)

@@ -128,7 +128,7 @@ def _compiled(of, cfg: AutoencoderConfig):
 def programs(folder, image_size: int) -> dict[str, tuple]:
     """What a preparation and a look at samples run: name -> (function, shapes of its arguments, which are donated).
 
-    For a plan: no weight is read.
+    From config.json alone, for a plan.
     """
     cfg, _ = convert.read_config(folder, **COMPUTE)
     if image_size % cfg.downsample:

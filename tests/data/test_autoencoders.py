@@ -17,7 +17,7 @@ from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CFG = AutoencoderConfig(
-    image_size=8, base_width=4, multipliers="1,2", layers_per_level=1, norm_groups=2, remat="none", dtype="float32"
+    image_size=8, width=4, multipliers=(1, 2), res_blocks=1, groups=2, remat="none", dtype="float32"
 )
 RNG = np.random.default_rng(0)
 
@@ -104,9 +104,10 @@ def test_what_is_none(tmp_path):
         load_autoencoder(tmp_path / "grey")
 
 
-def test_what_a_plan_compiles(folder):
-    """As many images as go through at once."""
-    programs = autoencoders.programs(folder, 32)
+def test_what_a_plan_compiles(folder, tmp_path):
+    """As many images as go through at once; config.json is enough."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    programs = autoencoders.programs(tmp_path, 32)
     images, latents = (256, 32, 32, 3), (256, 16, 16, 4)
     for name, inside, out in (("encode", images, (256, 2, 16, 16, 4)), ("decode", latents, images)):
         function, (params, x), donated = programs[name]

@@ -15,7 +15,7 @@ from jaxvram.errors import UserError
 from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 CFG = AutoencoderConfig(
-    image_size=8, base_width=4, multipliers="1,2", layers_per_level=1, norm_groups=2, remat="none", dtype="float32"
+    image_size=8, width=4, multipliers=(1, 2), res_blocks=1, groups=2, remat="none", dtype="float32"
 )
 B = 2
 
@@ -45,7 +45,7 @@ def run(method, x, cfg=CFG, params=None):
 
 @pytest.mark.parametrize(
     ("fields", "count"),
-    [({}, 83_653_863), ({"base_width": 64}, 20_945_575), ({"base_width": 32, "multipliers": "1,2,2"}, 1_288_263)],
+    [({}, 83_653_863), ({"width": 64}, 20_945_575), ({"width": 32, "multipliers": (1, 2, 2)}, 1_288_263)],
     ids=["Stable Diffusion's", "half as wide", "tiny"],
 )
 def test_parameter_counts(fields, count):
@@ -62,7 +62,7 @@ def test_the_two_halves_of_stable_diffusions():
 
 @pytest.mark.parametrize(
     ("fields", "side"),
-    [({}, 4), ({"multipliers": "1"}, 8), ({"multipliers": "1,1,2"}, 2), ({"channels": 1, "latent_channels": 5}, 4),
+    [({}, 4), ({"multipliers": (1,)}, 8), ({"multipliers": (1, 1, 2)}, 2), ({"channels": 1, "latent_channels": 5}, 4),
      ({"dtype": "bfloat16", "param_dtype": "bfloat16"}, 4)],
     ids=str,
 )  # fmt: skip
@@ -109,7 +109,7 @@ def test_every_place_sees_every_other():
 def test_the_two_parts_of_decoding_are_all_of_it():
     latent = np.random.RandomState(3).normal(0, 1, (B, 4, 4, 4)).astype(np.float32)
     last = run("decode_to_last", latent)
-    assert last.shape == (B, 8, 8, CFG.base_width)
+    assert last.shape == (B, 8, 8, CFG.width)
     np.testing.assert_array_equal(run("to_image", last), run("decode", latent))
 
 
@@ -135,7 +135,7 @@ def test_bf16_is_close_to_fp32():
 
 def test_no_image_of_512_pixels_has_scores_of_all_by_all():
     """64 x 64 places: 4096 queries by 4096 keys of four images would be 256 MiB, and once more for each gradient."""
-    cfg = dataclasses.replace(CFG, image_size=64, multipliers="1", remat="full")
+    cfg = dataclasses.replace(CFG, image_size=64, multipliers=(1,), remat="full")
     loss = lambda params, x: AutoencoderKL(cfg).apply({"params": params}, x).sum()
     jaxpr = jax.make_jaxpr(jax.grad(loss))(shapes_of(cfg), jnp.zeros((4, 64, 64, 3)))
     found = quick.shapes(jaxpr)
@@ -150,11 +150,12 @@ def test_no_image_of_512_pixels_has_scores_of_all_by_all():
         ({"kernels": "palas"}, "model.kernels='palas' is unknown; did you mean 'pallas'"),
         ({"dtype": "float16"}, "model.dtype='float16' is unknown"),
         ({"param_dtype": "fp32"}, "model.param_dtype='fp32' is unknown"),
-        ({"multipliers": "1,2,,4"}, "model.multipliers='1,2,,4' must be whole numbers with commas between"),
-        ({"multipliers": "1,0"}, "model.multipliers='1,0' must be"),
+        ({"multipliers": (1, 2.5)}, r"model.multipliers=\(1, 2.5\) must be whole numbers of at least 1"),
+        ({"multipliers": (1, 0)}, r"model.multipliers=\(1, 0\) must be"),
+        ({"multipliers": ()}, r"model.multipliers=\(\) must be"),
         ({"latent_channels": 0}, "every size must be at least 1"),
         ({"image_size": 250}, "model.image_size=250 is no multiple of 8, the pixels of a latent"),
-        ({"base_width": 48}, "model.norm_groups=32 does not divide a level's 48 channels"),
+        ({"width": 48}, "model.groups=32 does not divide a level's 48 channels"),
         ({"kernels": "pallas"}, "the middle's one head is 512 wide, and kernels take up to 256; leave it auto"),
     ],
     ids=str,

@@ -23,7 +23,7 @@ from jaxvram.train.step import loss_and_gradients
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CFG = AutoencoderConfig(
-    image_size=12, base_width=4, multipliers="1,2", layers_per_level=1, norm_groups=2, remat="none", dtype="float32"
+    image_size=12, width=4, multipliers=(1, 2), res_blocks=1, groups=2, remat="none", dtype="float32"
 )
 AGAINST = {"disc_weight": 0.7, "disc_width": 4, "disc_layers": 2, "kl_weight": 0.3}
 KEY = jax.random.key(3)
