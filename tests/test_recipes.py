@@ -130,7 +130,7 @@ def test_tiny_learns(file, tmp_path, monkeypatch, capsys, no_report, request):
             "--config.sample.max_new_tokens=8", "--config.task.score_problems=8", "--config.data.download=False"
         ],
         DiffusionConfig: ["--config.sample.steps=2", "--config.task.score_samples=0"],
-        AutoencodingConfig: ["--config.task.score_images=0"],
+        AutoencodingConfig: ["--config.task.score_images=0", "--config.train.batch_size=4"],
     }[type(build(file, "tiny").task)]  # fmt: skip
     arguments = [
         *of_task, "--config.train.steps=30", "--config.train.log_every=1", "--config.eval.every=0",
