@@ -218,11 +218,11 @@ def _is_dit(config: dict) -> bool:
 
 def from_dit(source: HuggingFaceFolder, cfg: PixArtConfig) -> dict:
     """What a DiT in diffusers' layout gives of `PixArt(cfg)`; the text's side is left to the seed."""
-    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(DiTConfig) if f.name != "num_classes"}
     theirs = dit.DEFAULTS | source.config
-    fields |= {"image_size": theirs["sample_size"], "num_classes": theirs["num_embeds_ada_norm"]}
-    if fields["image_size"] % cfg.patch_size:
-        fields["patch_size"] = theirs["patch_size"]
+    source.check_sizes(theirs, ("sample_size", "patch_size", "num_embeds_ada_norm"))
+    source.check_fields({"patch_size": theirs["patch_size"]}, cfg)
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(DiTConfig) if f.name != "num_classes"}
+    fields |= {"image_size": theirs["sample_size"], "num_classes": theirs["num_embeds_ada_norm"]}  # of no weight of ours
     of_dit = flatten_dict(dit.load_params(source.path, DiTConfig(**fields)), sep="/")
     params = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in _shapes(cfg).items()}
     drawn = [name for name in params if name.startswith(("y_embed/", "blocks/cross_attn/"))]

@@ -64,7 +64,7 @@ def weights(variant: str) -> dict[str, np.ndarray]:
 
 
 def batch(variant: str) -> dict[str, np.ndarray]:
-    """Images (B, H, W, C), timesteps of which one is not whole, texts and their lengths, sizes, aspects, the output's gradient.
+    """Images, timesteps of which one is not whole, texts and their lengths, sizes, aspects, the gradient of the output.
 
     No late timesteps: an angle of 999 in fp32 is right to 3e-5, in diffusers as in ours: more than is tested for.
     """
@@ -83,7 +83,7 @@ def batch(variant: str) -> dict[str, np.ndarray]:
 
 
 def oracle(variant: str) -> dict[str, np.ndarray]:
-    """ "out" and "grad/x", both (B, H, W, C), "grad/context", "grad/NAME" of sum(out g) for every parameter, as in PyTorch."""
+    """ "out"; "grad/x" and "grad/context" of sum(out g), images (B, H, W, C); "grad/NAME" for every parameter, as in PyTorch."""
     golden_file.quiet_torch()
     import diffusers
     import torch
