@@ -33,9 +33,13 @@ def get_config(variant="auto"):
         task=DiffusionConfig(),
         data=ImageDataConfig(name="latents"),
         optimizer=OptimizerConfig(
-            learning_rate=1e-4, schedule="constant", warmup_steps=1000, b2=0.999, clip_norm=1.0,
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup_steps=1000,
+            b2=0.999,
+            clip_norm=1.0,
             groups={"all": ParamGroup(r".*", weight_decay=0.03)},
-        ),  # fmt: skip
+        ),
         train=TrainConfig(steps=400_000, batch_size=256, microbatch_size=64, ema_decay=0.9999, log_every=50),
         eval=EvalConfig(every=10_000, batches=20),
         sample=DiffusionSampleConfig(sampler="dpm++", steps=20, guidance=4.5, num_samples=16, batch_size=16),

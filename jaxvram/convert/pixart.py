@@ -222,7 +222,10 @@ def from_dit(source: HuggingFaceFolder, cfg: PixArtConfig) -> dict:
     source.check_sizes(theirs, ("sample_size", "patch_size", "num_embeds_ada_norm"))
     source.check_fields({"patch_size": theirs["patch_size"]}, cfg)
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(DiTConfig) if f.name != "num_classes"}
-    fields |= {"image_size": theirs["sample_size"], "num_classes": theirs["num_embeds_ada_norm"]}  # of no weight of ours
+    fields |= {
+        "image_size": theirs["sample_size"],
+        "num_classes": theirs["num_embeds_ada_norm"],
+    }  # of no weight of ours
     of_dit = flatten_dict(dit.load_params(source.path, DiTConfig(**fields)), sep="/")
     params = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in _shapes(cfg).items()}
     drawn = [name for name in params if name.startswith(("y_embed/", "blocks/cross_attn/"))]
@@ -235,7 +238,9 @@ def from_dit(source: HuggingFaceFolder, cfg: PixArtConfig) -> dict:
 
 def _reparameterised(of_dit: dict) -> dict:
     """t_embed's last bias, t_block and the tables, in fp32."""
-    f32 = {name: np.asarray(x, np.float32) for name, x in of_dit.items() if "/attn/" not in name and "/mlp/" not in name}
+    f32 = {
+        name: np.asarray(x, np.float32) for name, x in of_dit.items() if "/attn/" not in name and "/mlp/" not in name
+    }
     silu = lambda x: x / (1 + np.exp(-x))
     bias_D = f32["t_embed/fc2/bias"] + f32["y_embed/table/embedding"][-1]  # of t and of "no class"
     features_F = np.asarray(timestep_features(jnp.array([SAME_AT])))[0]

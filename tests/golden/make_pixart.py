@@ -83,7 +83,7 @@ def batch(variant: str) -> dict[str, np.ndarray]:
 
 
 def oracle(variant: str) -> dict[str, np.ndarray]:
-    """ "out"; "grad/x" and "grad/context" of sum(out g), images (B, H, W, C); "grad/NAME" for every parameter, as in PyTorch."""
+    """ "out"; of sum(out g) "grad/x", "grad/context" and "grad/NAME" for every parameter; images (B, H, W, C)."""
     golden_file.quiet_torch()
     import diffusers
     import torch

@@ -98,7 +98,9 @@ def test_starting_weights():
         bound = math.sqrt(6 / (kernel.shape[-2] + joined * kernel.shape[-1]))
         assert 0.97 * bound < np.abs(kernel).max() <= bound
         np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.1)
-    embeds = [params[name][fc] for name in ("t_embed", "y_embed", "size_embed", "aspect_embed") for fc in ("fc1", "fc2")]
+    embeds = [
+        params[name][fc] for name in ("t_embed", "y_embed", "size_embed", "aspect_embed") for fc in ("fc1", "fc2")
+    ]
     for module in (*embeds, params["t_block"]):
         np.testing.assert_allclose(module["kernel"].std(), 0.02, rtol=0.12)
     for table, N in ((blocks["table"], 6), (params["final"]["table"], 2)):
