@@ -144,7 +144,7 @@ def test_the_next_stage(tmp_path):
     ids=str,
 )
 def test_another_model(fields, found, folder):
-    (name, value), = fields.items()  # fmt: skip
+    value = next(iter(fields.values()))
     with pytest.raises(UserError, match=rf"{found} \(the recipe: {value}\).*; add --config\.model\.{found}$") as raised:
         convert.load_params(folder[0], dataclasses.replace(CFG, **fields))
     assert "\n" not in str(raised.value)
