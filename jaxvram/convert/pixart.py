@@ -1,9 +1,8 @@
 """PixArt's weights from and to a folder of diffusers' PixArtTransformer2DModel; a start from a folder of DiT's.
 
-Ours are stacked along a leading layer axis; the image's q, k and v, side by side here, are three there; a Linear of
-theirs is [out, in]; the patches' matrix (p p C, D) is a convolution's (D, C, p, p). Nothing depends on the image's size,
-so a folder of another size is the stage before. One without micro-conditions starts a model that has them as if it had
-none: what embeds them ends in zero.
+Ours are stacked along a leading layer axis; a Linear of theirs is [out, in]; the patches' matrix (p p C, D) is a
+convolution's (D, C, p, p). Nothing depends on the image's size, so a folder of another size is the stage before. One
+without micro-conditions starts a model that has them as if it had none: what embeds them ends in zero.
 
 From a DiT (section 2.3 of the paper, "re-parameterization"): block i of a DiT without a class, here one told "no class",
   modulates by S_i(t) = W_i silu(c(t)) + b_i,  c(t) = t_embed(t) + y_none.
@@ -21,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxvram.convert import dit
+from jaxvram.convert.diffusers_lora import Module
 from jaxvram.convert.huggingface import DIFFUSERS, HuggingFaceFolder, write_folder
 from jaxvram.errors import UserError
 from jaxvram.layers.conditioning import timestep_features
@@ -29,7 +29,7 @@ from jaxvram.models.pixart import PixArt, PixArtConfig
 
 CLASS = "PixArtTransformer2DModel"
 OLD_CLASS = "Transformer2DModel"  # what both it and DiT were a part of in older versions
-TRANSFORMER = "transformer"  # folder of a pipeline
+TRANSFORMER = LORA_PREFIX = "transformer"  # folder of a pipeline
 SAME_AT = 500.0  # the timestep at which a model that starts from a DiT equals it
 DEFAULTS = {  # what diffusers takes for a key that config.json leaves out
     "num_attention_heads": 16,
@@ -48,19 +48,17 @@ FIXED = {  # what our PixArt is, and config.json may change
 }  # fmt: skip
 
 _LEAVES = (("kernel", "weight"), ("bias", "bias"))
-_BLOCKS = {  # our parameter -> theirs with {} for the block, side by side in ours where there are several
-    f"blocks/{ours}/{leaf}": [f"transformer_blocks.{{}}.{module}.{name}" for module in theirs]
+_QKV = {"c_q": "to_q", "c_k": "to_k", "c_v": "to_v", "c_proj": "to_out.0"}
+_MATRICES = {  # of a block: ours -> theirs
+    **{f"attn/{ours}": f"attn1.{theirs}" for ours, theirs in _QKV.items()},
+    **{f"cross_attn/{ours}": f"attn2.{theirs}" for ours, theirs in _QKV.items()},
+    "mlp/c_fc": "ff.net.0.proj",
+    "mlp/c_proj": "ff.net.2",
+}
+_BLOCKS = {
+    f"blocks/{ours}/{leaf}": f"transformer_blocks.{{}}.{theirs}.{name}"
     for leaf, name in _LEAVES
-    for ours, theirs in (
-        ("attn/c_attn", ["attn1.to_q", "attn1.to_k", "attn1.to_v"]),
-        ("attn/c_proj", ["attn1.to_out.0"]),
-        ("cross_attn/c_q", ["attn2.to_q"]),
-        ("cross_attn/c_k", ["attn2.to_k"]),
-        ("cross_attn/c_v", ["attn2.to_v"]),
-        ("cross_attn/c_proj", ["attn2.to_out.0"]),
-        ("mlp/c_fc", ["ff.net.0.proj"]),
-        ("mlp/c_proj", ["ff.net.2"]),
-    )
+    for ours, theirs in _MATRICES.items()
 }
 _BLOCK_TABLE, _FINAL_TABLE = "blocks/table", "final/table"  # no matrices: not transposed
 _IN_BLOCK, _IN_FINAL = "transformer_blocks.{}.scale_shift_table", "scale_shift_table"
@@ -102,8 +100,7 @@ def load_params(folder, cfg: PixArtConfig) -> dict:
     has_picture = _check_config(source, cfg)
     params = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _shapes(cfg).items()}
     for ours, theirs in _BLOCKS.items():
-        for name, part in zip(theirs, np.split(params[ours], len(theirs), axis=-1), strict=True):  # views
-            source.read_layers(name, part, transposed=True)
+        source.read_layers(theirs, params[ours], transposed=True)
     source.read_layers(_IN_BLOCK, params[_BLOCK_TABLE])
     params[_FINAL_TABLE][...] = source.tensor(_IN_FINAL, params[_FINAL_TABLE].shape)
     for ours, theirs in _REST.items():
@@ -131,12 +128,23 @@ def save(params, cfg: PixArtConfig, folder) -> None:
     conv_DxCxpxp = params["patch_embed/kernel"].reshape(p, p, C, D).transpose(3, 2, 0, 1)
     tensors = {"pos_embed.proj.weight": conv_DxCxpxp, "pos_embed.proj.bias": params["patch_embed/bias"]}
     for ours, theirs in _BLOCKS.items():
-        for name, part in zip(theirs, np.split(params[ours], len(theirs), axis=-1), strict=True):
-            tensors |= {name.format(i): layer.T for i, layer in enumerate(part)}
+        tensors |= {theirs.format(i): layer.T for i, layer in enumerate(params[ours])}
     tensors |= {_IN_BLOCK.format(i): table for i, table in enumerate(params[_BLOCK_TABLE])}
     tensors[_IN_FINAL] = params[_FINAL_TABLE]
     tensors |= {theirs: params[ours].T for ours, theirs in _REST.items() if ours in params}
     write_folder(folder, _config_json(cfg), tensors, DIFFUSERS)
+
+
+def lora_module(cfg: PixArtConfig, path: tuple[str, ...], layer: int | None) -> Module:
+    """Where the LoRA of a matrix of ours belongs there (convert/diffusers_lora.py).
+
+    Raises:
+      UserError: diffusers has no such matrix.
+    """
+    name = "/".join((*path, "kernel"))
+    if name not in _BLOCKS | _REST:
+        raise UserError(f"diffusers has no place for a LoRA of {'/'.join(path)}: export it merged")
+    return Module((_BLOCKS | _REST)[name].format(layer).removesuffix(".weight"))
 
 
 def _without_picture(params: dict) -> None:
@@ -229,9 +237,12 @@ def from_dit(source: HuggingFaceFolder, cfg: PixArtConfig) -> dict:
     of_dit = flatten_dict(dit.load_params(source.path, DiTConfig(**fields)), sep="/")
     params = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in _shapes(cfg).items()}
     drawn = [name for name in params if name.startswith(("y_embed/", "blocks/cross_attn/"))]
-    tables = _reparameterised(of_dit)
+    of_dit |= _reparameterised(of_dit)
+    for leaf, _ in _LEAVES:
+        parts = np.split(of_dit[f"blocks/attn/c_attn/{leaf}"], 3, axis=-1)
+        of_dit |= {f"blocks/attn/c_{part}/{leaf}": x for part, x in zip("qkv", parts, strict=True)}
     for name in params.keys() - drawn - _PICTURE.keys():
-        params[name][...] = tables[name] if name in tables else of_dit[name]
+        params[name][...] = of_dit[name]
     _without_picture(params)
     return unflatten_dict({name: x for name, x in params.items() if name not in drawn}, sep="/")
 

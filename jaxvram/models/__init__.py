@@ -1,5 +1,6 @@
 """One file per architecture. A model's configuration says which model it is."""
 
+from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from jaxvram.models.bitnet import BitNet, BitNetConfig
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.gpt2 import GPT2, GPT2Config
@@ -20,6 +21,7 @@ MODELS = {
     "dit": (DiT, DiTConfig),
     "pixart": (PixArt, PixArtConfig),
     "unet": (UNet, UNetConfig),
+    "autoencoder": (AutoencoderKL, AutoencoderConfig),
     "llama": (Llama, LlamaConfig),
     "bitnet": (BitNet, BitNetConfig),
     "mamba": (Mamba, MambaConfig),

@@ -7,7 +7,7 @@ text = W_2 gelu(W_1 features);  once for all blocks, six vectors a sample,  m = 
   x += gate_2 mlp(norm(x) (1 + scale_2) + shift_2);
 at the end  norm(x) (1 + scale) + shift  by  shift, scale = table + e,  and a matrix, zero at the start, back to patches.
 DiT's adaLN has a matrix W_ada (D, 6 D) in each block instead: a quarter of its parameters.
-Matrices ~ Xavier uniform (q, k, v of a block's attn as one; k and v of its cross_attn), what embeds and W_t ~ N(0, 0.02),
+Matrices ~ Xavier uniform (of attn q, k, v as if one, of cross_attn k and v), what embeds and W_t ~ N(0, 0.02),
 tables ~ N(0, 1 / D), W_out of cross_attn zero. Positions are fixed sines, stretched to the shape of each image.
 Written from the paper and the maths; the authors' code was read for its numbers and not copied.
 """
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxvram.errors import UserError
-from jaxvram.layers.attention import SelfAttention
 from jaxvram.layers.conditioning import CaptionEmbed, TimestepEmbed
 from jaxvram.layers.image_attention import Attention
 from jaxvram.layers.linear import Linear
@@ -32,7 +31,9 @@ from jaxvram.layers.stack import Stack
 from jaxvram.models.dit import DiTConfig
 
 XAVIER, ZEROS = nn.initializers.xavier_uniform(), nn.initializers.zeros
-XAVIER_OF_TWO = nn.initializers.variance_scaling(2 / 3, "fan_avg", "uniform")  # of one that is half of a (D, 2 D)
+XAVIER_OF_2, XAVIER_OF_3 = (  # of one that is a half, a third, of a matrix (D, 2 D), (D, 3 D)
+    nn.initializers.variance_scaling(2 / (1 + parts), "fan_avg", "uniform") for parts in (2, 3)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +77,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD, state, m_Bx6xD, text_BxSxD, length_B, deterministic: bool = True):
         cfg, dtypes = self.cfg, {"dtype": self.cfg.dtype, "param_dtype": self.cfg.param_dtype}
-        dense, inits = functools.partial(Linear, **dtypes), {"kernel_init": XAVIER, "proj_init": XAVIER}
-        attn = SelfAttention(cfg.n_head, dense, **inits, causal=False, kernels=cfg.kernels, name="attn")
-        cross_attn = Attention(
-            cfg.n_head, True, XAVIER, XAVIER_OF_TWO, ZEROS, **dtypes, kernels=cfg.kernels, name="cross_attn"
-        )
-        mlp = MLP(cfg.mlp_ratio * cfg.n_embd, "gelu_tanh", dense, **inits, name="mlp")
+        attend = functools.partial(Attention, cfg.n_head, True, kernels=cfg.kernels, **dtypes)
+        attn = attend(q_init=XAVIER_OF_3, kv_init=XAVIER_OF_3, out_init=XAVIER, name="attn")
+        cross_attn = attend(q_init=XAVIER, kv_init=XAVIER_OF_2, out_init=ZEROS, name="cross_attn")
+        dense = functools.partial(Linear, **dtypes)
+        mlp = MLP(cfg.mlp_ratio * cfg.n_embd, "gelu_tanh", dense, kernel_init=XAVIER, proj_init=XAVIER, name="mlp")
         norm = ModulatedLayerNorm(dtype=cfg.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(_table(self, 6, cfg), m_Bx6xD)
         gated = lambda gate_BxD, y_BxTxD: gate_BxD.astype(cfg.dtype)[:, None] * y_BxTxD
-        x_BxTxD += gated(gate_1, attn(norm(x_BxTxD, shift_1, scale_1))[0])
+        x_BxTxD += gated(gate_1, attn(norm(x_BxTxD, shift_1, scale_1)))
         x_BxTxD += cross_attn(x_BxTxD, text_BxSxD, length_B)
         x_BxTxD += gated(gate_2, mlp(norm(x_BxTxD, shift_2, scale_2)))
         return x_BxTxD, state

@@ -118,11 +118,14 @@ class DiffusionTask:
         images = jax.ShapeDtypeStruct((batch_size, cfg.image_size, cfg.image_size, cfg.channels), jnp.float32)
         return {"images": images} | self.conditions.spec(batch_size)
 
+    def example(self) -> tuple:
+        """What the model is called with, of one image."""
+        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.batch_spec(1))
+        return batch["images"], jnp.zeros(1), self.conditions.given(self.conditions.of_batch(batch))
+
     def init(self, key):
         """Parameters from the architecture's own distributions."""
-        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.batch_spec(1))
-        condition = self.conditions.of_batch(batch)
-        return self.model.init(key, batch["images"], jnp.zeros(1), self.conditions.given(condition))["params"]
+        return self.model.init(key, *self.example())["params"]
 
     def loss(self, params, batch, key):
         """(sum over images of the mean loss a number, images, sums of its parts)."""
