@@ -5,6 +5,7 @@ import pytest
 
 from jaxvram.data import shapes
 from jaxvram.data.images import ImageDataConfig, load, to_uint8
+from jaxvram.errors import UserError
 
 
 def source(size=32, seed=0):
