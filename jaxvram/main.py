@@ -13,6 +13,14 @@ from jaxvram.vram.cards import MEMORY_FRACTION
 
 MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare", "kernels", "build")
 
+WITHOUT_RECIPE = {  # modes that read none -> the flags that they read
+    "prepare": "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
+    "for images --autoencoder, --image_size",
+    "build": "--input=EXPERTS.toml and --out=DIR",
+    "kernels": "--card; its shapes are fixed",
+    "plan": "of encoders --autoencoder, --image_size, --text_encoder, --context_length; --card, --workdir",
+}
+
 USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [--workdir=DIR] [--config.a.b=value ...]
 
   --mode=train    train, or resume what the workdir holds (the default)
@@ -20,7 +28,8 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
   --mode=sample   from a checkpoint: text (--prompt=..., --config.sample.prompt_file, .temperature, .top_k, .top_p, .seed)
                   or images (--prompt="a red circle | a cross" or --config.sample.classes=..., .negative_prompt, .sampler,
                   .steps, .guidance, .num_samples, .seed, .init_image, .strength)
-  --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them)
+  --mode=plan     what init, train step and sampling need on --card (no GPU needed; --card=list names them); without a
+                  recipe, what encoding needs: --autoencoder=FOLDER --image_size=256, --text_encoder=FOLDER
   --mode=fit      the fastest microbatch and remat that fit --card
   --mode=compare  the train step's memory on --card beside PyTorch's (--torch-python=PYTHON: another one that has it);
                   --search=batch|context: the largest that fits, of both; --measure: both run on this machine instead,
@@ -85,20 +94,11 @@ def _run(argv: list[str]) -> int:
     _connect(options)
     from jaxvram import modes
 
-    if options.mode == "prepare":
+    of_encoders = options.mode == "plan" and not recipe_file and (options.autoencoder or options.text_encoder)
+    if of_encoders or options.mode in WITHOUT_RECIPE.keys() - {"plan"}:
         if recipe_file or len(overrides) > 1:
-            flags_of = "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
-            flags_of += "for images --autoencoder, --image_size"
-            raise UserError(f"--mode=prepare reads no recipe: give {flags_of}")
-        return modes.prepare(options)
-    if options.mode == "build":
-        if recipe_file or len(overrides) > 1:
-            raise UserError("--mode=build reads no recipe: give --input=EXPERTS.toml and --out=DIR")
-        return modes.build(options)
-    if options.mode == "kernels":
-        if recipe_file or len(overrides) > 1:
-            raise UserError("--mode=kernels reads no recipe: its shapes are fixed; give --card")
-        return modes.kernels(options)
+            raise UserError(f"--mode={options.mode} reads no recipe: give {WITHOUT_RECIPE[options.mode]}")
+        return (modes.plan_encoders if of_encoders else getattr(modes, options.mode))(options)
     if not recipe_file:
         raise UserError("--config=configs/NAME.py is missing; --help shows the usage")
     from jaxvram import recipe
@@ -156,7 +156,9 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_boolean("adapter", False, about, flag_values=values)
     text("storage", None, "For export of a BitNet, how its matrices lie: latent or 2bit; in a .gguf file tq2_0 or tq1_0.")
     text("vocab_path", None, "For prepare: where the tokenizer's file is, as --config.data.vocab_path.")
-    text("autoencoder", None, "For prepare: the autoencoder that turns images into latents: random.")
+    text("autoencoder", None, "For prepare, and to plan it: what turns images into latents: random, or a folder.")
+    text("text_encoder", None, "For prepare, and to plan it: the folder of what turns captions into features.")
+    number("context_length", None, "For prepare, and to plan it: tokens of a caption; default: the text encoder's own.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")

@@ -1,6 +1,7 @@
 """What launch.py can do with a recipe: one function a mode, `(recipe, workdir, options) -> exit status`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -8,14 +9,15 @@ import time
 
 import jax
 
-from jaxvram.convert import converter, peft
+from jaxvram.convert import converter, diffusers_lora, peft
 from jaxvram.convert.packaged import locate
-from jaxvram.errors import UserError, nearest
+from jaxvram.errors import UserError
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
 from jaxvram.models import name_of
 from jaxvram.tasks import TASK_OF, TASKS
 from jaxvram.tasks.chat import chat
 from jaxvram.train import metrics, report
+from jaxvram.train.average import with_average
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look, made_by
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.loop import Loop
@@ -100,18 +102,23 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if is_official and (options.adapter or not hasattr(source, "save_official")):
         what = "an adapter is" if options.adapter else f"{name_of(recipe.model)}'s weights are"
         raise UserError(f"--out={options.out}: {what} exported to a folder, --out=DIR; .pth is RWKV's own format")
-    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
+    measures = hasattr(TASKS[TASK_OF[name_of(recipe.model)]], "measured")  # an autoencoder's scale is told by its data
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=measures)
     if options.adapter:
-        peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
-        print(f"what step {step} of {workdir} added, as a folder of peft's: {options.out}")
+        if hasattr(source, "lora_module"):
+            diffusers_lora.save(params, recipe.model, recipe.finetune, options.out, recipe.train.init_from)
+        else:
+            peft.save(params, recipe.finetune, options.out, recipe.train.init_from)
+        library = "diffusers" if hasattr(source, "lora_module") else "peft"
+        print(f"what step {step} of {workdir} added, as a folder of {library}'s: {options.out}")
         return 0
     if recipe.finetune.adds:
-        params = merged(task.model, params)
+        params = merged(task.model, params, task.example())
     if is_official:
         source.save_official(params, task.model.cfg, options.out)
         print(f"step {step} of {workdir} as an official checkpoint: {options.out}")
         return 0
-    how = _storage(recipe, options, step)
+    how = _storage(recipe, options, step) | (task.measured(params) if measures else {})
     source.save(params, task.model.cfg, options.out, **how)
     if pathlib.Path(options.out).is_file():
         print(f"step {step} of {workdir} as a GGUF file: {options.out}")
@@ -169,11 +176,10 @@ def prepare(options) -> int:
 
 
 def _prepare_latents(options) -> int:
-    from jaxvram.data.latents import AUTOENCODERS, prepare_latents
+    from jaxvram.data.autoencoders import load_autoencoder
+    from jaxvram.data.latents import prepare_latents
 
-    if options.autoencoder not in AUTOENCODERS:
-        raise UserError(f"--autoencoder={options.autoencoder} is unknown{nearest(options.autoencoder, AUTOENCODERS)}")
-    done = prepare_latents(options.input, options.out, AUTOENCODERS[options.autoencoder](), options.image_size)
+    done = prepare_latents(options.input, options.out, load_autoencoder(options.autoencoder), options.image_size)
     for line in done.skipped:
         _say(f"skipped {line}")
     path = f"--config.data.name=latents --config.data.path={options.out}"
@@ -225,7 +231,7 @@ def load_checkpoint(recipe, workdir: pathlib.Path, kind: str, with_data: bool = 
     checkpoints = Checkpoints(workdir)
     program = make_program(recipe, task, mesh)
     target = program.target.replace(frozen=program.frozen(load_frozen(recipe, task)))
-    weights, meta = checkpoints.restore_weights(kinds[0], target)
+    weights, meta = checkpoints.restore_weights(kinds[0], with_average(recipe.train, target))
     checkpoints.close()
     return task, join(weights.get("ema", weights["params"]), target.frozen), meta["step"]
 
@@ -239,7 +245,10 @@ def load_base(recipe, task):
     base = _read_base(recipe, task)
     if recipe.finetune.adapter_from:
         shapes = jax.eval_shape(task.init, jax.random.key(0))
-        base = join(base, peft.load(recipe.finetune.adapter_from, shapes, recipe.finetune))
+        where, cfg = recipe.finetune.adapter_from, task.model.cfg
+        is_denoiser = hasattr(converter(cfg), "lora_module")
+        load = functools.partial(diffusers_lora.load, cfg=cfg) if is_denoiser else peft.load
+        base = join(base, load(where, shapes, finetune=recipe.finetune))
     return base
 
 
@@ -253,8 +262,8 @@ def _read_base(recipe, task):
     if not recipe.finetune.adds:
         return source.load_params(path, cfg)
     if hasattr(source, "tensors"):
-        return base_parameters(task.model, source.tensors(path, cfg))
-    return base_parameters(task.model, one_by_one(source.load_params(path, cfg)))
+        return base_parameters(task.model, source.tensors(path, cfg), task.example())
+    return base_parameters(task.model, one_by_one(source.load_params(path, cfg)), task.example())
 
 
 def plan(recipe, workdir: pathlib.Path, options) -> int:
@@ -270,6 +279,13 @@ def plan(recipe, workdir: pathlib.Path, options) -> int:
     if metrics.read(workdir):
         report.write_report(workdir)  # its page shows the plan
     return 0
+
+
+def plan_encoders(options) -> int:
+    """What encoding images and captions once needs on a card."""
+    from jaxvram import plan_encoders as encoders
+
+    return encoders.plan_encoders(options, _say)
 
 
 def compare(recipe, workdir: pathlib.Path, options) -> int:

@@ -14,7 +14,7 @@ EVERYWHERE = {"errors", "quiet"}  # import nothing of ours
 # From the top down: a module may import what stands on its own floor or below.
 FLOORS = (
     ("main",),
-    ("modes", "host", "compare", "upcycle"),
+    ("modes", "host", "compare", "upcycle", "plan_encoders"),
     ("recipe", "llama_recipe"),  # the edge between configs and dataclasses: reads every section, so it stands above them
     ("train", "vram"),
     ("tasks",),
@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
 )
 BESIDE = ("data", "convert")  # imported by the top floors and by tasks; themselves they import models and below
-MAY_IMPORT_DATA = {"main", "modes", "upcycle", "host", "recipe", "llama_recipe", "tasks", "data"}
+MAY_IMPORT_DATA = {"main", "modes", "upcycle", "plan_encoders", "host", "recipe", "llama_recipe", "tasks", "data"}
 # The loop asks for batches ahead of time. It knows `batches(source, ...)`, which takes any source, and nothing of texts.
 # A header of GGUF is read in one place, for the tokenizer in it and for the weights behind it.
 ALLOWED = {("train.loop", "data.pipeline"), ("convert.gguf", "data.gguf_metadata")}

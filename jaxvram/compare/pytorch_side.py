@@ -42,7 +42,7 @@ def request_of(recipe, cfg) -> dict:
             "batch_size": recipe.train.batch_size,
             "microbatch_size": recipe.train.microbatch_size,
             "optimizer": optimizer,
-            "ema": recipe.train.ema_decay > 0,
+            "ema": recipe.train.ema_decay > 0 and not recipe.train.ema_on_host,
         },
         "variants": variants_of(cfg),
     }

@@ -18,10 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxvram.convert import text_encoder
+from jaxvram.convert.diffusers_lora import Module
 from jaxvram.convert.huggingface import DIFFUSERS, HuggingFaceFolder, check_fields, write_folder
 from jaxvram.errors import UserError
 from jaxvram.models.unet import UNet, UNetConfig
 
+LORA_PREFIX = "unet"
 PIXELS, TEXT = "UNet2DModel", "UNet2DConditionModel"
 UNET = "unet"  # folder of a pipeline
 DEFAULTS = {  # of diffusers, for a key that config.json leaves out
@@ -118,6 +120,13 @@ def save(params, cfg: UNetConfig, folder) -> None:
         text = {name.removeprefix("text/"): array for name, array in params.items() if name.startswith("text/")}
         text_encoder.save(unflatten_dict(text, sep="/"), cfg.text, folder / text_encoder.ENCODER)
     write_folder(folder / UNET if cfg.text_layers else folder, config, tensors, DIFFUSERS)
+
+
+def lora_module(cfg: UNetConfig, path: tuple[str, ...], layer: None) -> Module:
+    """Where the LoRA of a matrix of ours belongs there (convert/diffusers_lora.py)."""
+    ours = "/".join((*path, "kernel"))
+    half = next((i for i, part in enumerate(_HALVES) if part in ours), None)
+    return Module(_their_name(cfg, ours).removesuffix(".weight"), half, _is_one_pixel(ours))
 
 
 def _text(folder: pathlib.Path, cfg: UNetConfig) -> dict:

@@ -67,7 +67,7 @@ class HuggingFaceTokenizer:
         self._known = np.zeros(self.vocab_size, bool)
         self._known[list(id_of.values())] = True
         self.identity = _identity(id_of, self.vocab_size)
-        _keep_apart(tokenizer, [token.content for token in added.values() if token.special])
+        keep_apart(tokenizer, [token.content for token in added.values() if token.special])
 
     def encode(self, text: str) -> np.ndarray:
         return _in_pieces(self, text, lambda piece: self._tokenizer.encode(piece, add_special_tokens=False).ids)
@@ -157,7 +157,7 @@ def without_dummy_space(tokenizer, ids_N: np.ndarray) -> np.ndarray:
     return ids_N[1:] if len(ids_N) and not tokenizer.decode(ids_N[:1]) else ids_N
 
 
-def _keep_apart(tokenizer, specials: list[str]):
+def keep_apart(tokenizer, specials: list[str]):
     """A Unigram model finds "</s>" among its words and makes it of text: such text is cut behind its first character."""
     from tokenizers import Regex, pre_tokenizers
 

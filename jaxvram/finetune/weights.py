@@ -18,15 +18,18 @@ from jaxvram.finetune.adapted import Adapted
 from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.kernels import nf4
 
+TOKENS = (np.zeros((1, 1), np.int32),)
 
-def base_parameters(model: Adapted, tensors: Iterable) -> dict:
+
+def base_parameters(model: Adapted, tensors: Iterable, example: tuple = TOKENS) -> dict:
     """The parameters that `tensors` give, in the form that `model` holds them; what it adds is not among them.
 
     Args:
       tensors: (path, layer, array) as convert/llama.py's `tensors` yields them: the path in the plain model's tree, the
         layer's number or None, matrices as (in, out).
+      example: what the model is called with.
     """
-    shapes = traverse_util.flatten_dict(_shapes(model))
+    shapes = traverse_util.flatten_dict(_shapes(model, example))
     read = {}
 
     def put(path, layer, x):
@@ -67,8 +70,10 @@ def one_by_one(params) -> Iterable:
             yield path, None, x
 
 
-def merged(model: Adapted, params) -> dict:
+def merged(model: Adapted, params, example: tuple = TOKENS) -> dict:
     """The parameters of the plain model, equal to the adapted one: LoRAs added to their matrices, NF4 written out.
+
+    `example`: what the model is called with.
 
     Raises:
       UserError: the method adds what has no place in a matrix (adapters), or the matrices are ternary.
@@ -76,7 +81,7 @@ def merged(model: Adapted, params) -> dict:
     method = model.finetune.method
     if method.startswith("adapter"):
         raise UserError(f"finetune.method={method} adds to the attention itself; no plain model equals it")
-    shapes, modules = traverse_util.flatten_dict(_shapes(model.model)), {}
+    shapes, modules = traverse_util.flatten_dict(_shapes(model.model, example)), {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         modules.setdefault(path[:-1], {})[path[-1]] = leaf
     plain = {}
@@ -90,8 +95,8 @@ def merged(model: Adapted, params) -> dict:
 
 
 def _layers_merged(finetune: FinetuneConfig, leaves: dict, kernel) -> dict:
-    """Of one matrix in every layer. `kernel`: shape and dtype that it has in the plain model, layers first."""
-    L, D, F = kernel.shape
+    """Of one matrix, in every layer where layers are stacked. `kernel`: shape and dtype that it has in the plain model."""
+    *layers, D, F = kernel.shape
 
     @jax.jit
     def of_layer(leaves):
@@ -102,9 +107,11 @@ def _layers_merged(finetune: FinetuneConfig, leaves: dict, kernel) -> dict:
             leaves = lora.merge(finetune, leaves)
         return leaves | {"kernel": leaves["kernel"].astype(kernel.dtype)}
 
-    layers = [jax.device_get(of_layer(jax.tree.map(lambda x, i=i: x[i], leaves))) for i in range(L)]
-    return jax.tree.map(lambda *xs: np.stack(xs), *layers)
+    if not layers:
+        return jax.device_get(of_layer(leaves))
+    made = [jax.device_get(of_layer(jax.tree.map(lambda x, i=i: x[i], leaves))) for i in range(layers[0])]
+    return jax.tree.map(lambda *xs: np.stack(xs), *made)
 
 
-def _shapes(model):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+def _shapes(model, example: tuple):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *example)["params"])

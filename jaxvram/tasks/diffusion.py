@@ -77,7 +77,8 @@ class DiffusionTask:
         """The task of a recipe. Without data, for a plan: the model says what shape they have."""
         if recipe.finetune.method not in ("none", "lora"):
             raise UserError(f"finetune.method={recipe.finetune.method} is for language models: set it to none or lora")
-        source = images.load(recipe.data, recipe.train.seed) if with_data else None
+        own_text = recipe.model.context_length if getattr(recipe.model, "text_layers", 0) else 0
+        source = images.load(recipe.data, recipe.train.seed, own_text) if with_data else None
         return cls(adapted(models.build(recipe.model), recipe.finetune), source, recipe.task, recipe.sample)
 
     def __init__(self, model, source, cfg: DiffusionConfig, sample: DiffusionSampleConfig):
@@ -118,11 +119,14 @@ class DiffusionTask:
         images = jax.ShapeDtypeStruct((batch_size, cfg.image_size, cfg.image_size, cfg.channels), jnp.float32)
         return {"images": images} | self.conditions.spec(batch_size)
 
+    def example(self) -> tuple:
+        """What the model is called with, of one image."""
+        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.batch_spec(1))
+        return batch["images"], jnp.zeros(1), self.conditions.given(self.conditions.of_batch(batch))
+
     def init(self, key):
         """Parameters from the architecture's own distributions."""
-        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.batch_spec(1))
-        condition = self.conditions.of_batch(batch)
-        return self.model.init(key, batch["images"], jnp.zeros(1), self.conditions.given(condition))["params"]
+        return self.model.init(key, *self.example())["params"]
 
     def loss(self, params, batch, key):
         """(sum over images of the mean loss a number, images, sums of its parts)."""

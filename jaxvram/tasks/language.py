@@ -101,9 +101,13 @@ class LanguageTask:
         names = ("tokens", "targets", "segments") if _is_packed(self.data_cfg) else ("tokens", "targets")
         return dict.fromkeys(names, shape)
 
+    def example(self) -> tuple:
+        """What the model is called with, as small as can be."""
+        return (jnp.zeros((1, 1), jnp.int32),)
+
     def init(self, key):
         """Parameters from the architecture's own distributions."""
-        return self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return self.model.init(key, *self.example())["params"]
 
     def loss(self, params, batch, key=None):
         """(sum of nats over the targets, how many there are, sums of metrics); dropout only with a key.

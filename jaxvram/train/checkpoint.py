@@ -208,12 +208,18 @@ def _checksums(leaves: list) -> jax.Array:
     return jnp.stack([words(x).astype(jnp.uint32).sum() for x in leaves])
 
 
+def _checksum(x: np.ndarray) -> int:
+    """The same of an array of the host, which must not go through the device."""
+    return int(np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}").sum(dtype=np.uint32))
+
+
 def _inventory(parts: dict[str, Any]) -> dict[str, list]:
     """{path: [shape, dtype, checksum]} of every array."""
     entries = {}
     for part in parts.values():
         leaves = jax.tree_util.tree_leaves_with_path(part)
-        sums = np.asarray(_checksums([x for _, x in leaves])).tolist()
+        of_devices = iter(np.asarray(_checksums([x for _, x in leaves if not isinstance(x, np.ndarray)])).tolist())
+        sums = [_checksum(x) if isinstance(x, np.ndarray) else next(of_devices) for _, x in leaves]
         entries |= {path_name(p): [*_kind(x), n] for (p, x), n in zip(leaves, sums, strict=True)}
     return entries
 

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jaxvram.data.pipeline import batches
 from jaxvram.errors import UserError
 from jaxvram.train import report
+from jaxvram.train.average import make_average
 from jaxvram.train.checkpoint import Checkpoints, check_workdir, look
 from jaxvram.train.evaluate import Evaluator
 from jaxvram.train.interrupt import Interrupt
@@ -47,6 +48,7 @@ class Loop:
         self.rows = local_rows(cfg.batch_size, self.program.mesh)
         self.evaluator = Evaluator(task, recipe.eval, cfg.batch_size // cfg.microbatches, self.program.mesh)
         self.checkpoints = Checkpoints(workdir)
+        self.average = make_average(cfg, self.program.target)
         self.best_loss, self.best_step, self.evaluations_since_best, self.rollbacks = math.inf, 0, 0, 0
         self.last_evaluation: dict = {}
         self.interrupt, self.stopping = Interrupt(), False
@@ -77,7 +79,7 @@ class Loop:
                 raise
             finally:
                 self._end(status)
-        self.final_params = state.eval_params
+        self.final_params = self.average.evaluated(state)
         return self.last_evaluation
 
     def _begin(self, init_params):
@@ -89,7 +91,7 @@ class Loop:
             self.checkpoints.discard_unfinished()
         if found.step is not None:
             target = self.program.target.replace(frozen=self.program.frozen(init_params))
-            state, meta = self.checkpoints.restore("latest", target)
+            state, meta = self.checkpoints.restore("latest", self.average.saved(target))
             self.best_loss, self.best_step, self.rollbacks = meta["best_loss"], meta["best_step"], meta["rollbacks"]
             self.evaluations_since_best = meta["evaluations_since_best"]
             self.last_evaluation = meta["last_evaluation"]
@@ -104,7 +106,7 @@ class Loop:
             self.workdir.mkdir(parents=True, exist_ok=True)
             config = self.recipe.as_dict() | {"data_identity": self.task.data_identity}
             write_atomic(self.workdir / "config.json", json.dumps(config, indent=2))
-        return state, found.step or 0, meta, notes
+        return self.average.begin(state), found.step or 0, meta, notes
 
     def _end(self, status: str) -> None:
         """Whatever happened: each of these gets its turn, also when one before it fails (a full disk)."""
@@ -126,6 +128,7 @@ class Loop:
             for step, (_, batch) in zip(range(start + 1, cfg.steps + 1), stream, strict=False):
                 self._profile(step, state)
                 state, metrics = self.program.step(state, to_devices(batch, cfg.batch_size, self.program.mesh))
+                self.average.after(step, state)
                 rolled_back = pending is not None and self._read(*pending)
                 pending = (step, metrics)
                 if rolled_back:
@@ -184,9 +187,9 @@ class Loop:
             stops = self._out_of_patience(step)
             if self._saves(step) or self.stopping or stops:
                 self.log.flush()
-                self.checkpoints.save("latest", step, state, self._meta())
+                self.checkpoints.save("latest", step, self.average.saved(state), self._meta())
             if improved and self.recipe.checkpoint.best:
-                self.checkpoints.save("best", step, state, {"loss": self.best_loss})
+                self.checkpoints.save("best", step, self.average.saved(state), {"loss": self.best_loss})
             if time.monotonic() - self.reported > REPORT_SECONDS:
                 self._report("running")
         if self.stopping:
@@ -203,7 +206,7 @@ class Loop:
 
     def _evaluate(self, state, step: int) -> bool:
         """Losses, scores and samples of the evaluated weights; True if the validation loss is the best so far."""
-        params = state.eval_params
+        params = self.average.evaluated(state)
         if self.recipe.eval.train_split:
             self.log.write(step, self.evaluator(params, "train"), split="train")
         values = self.evaluator(params, "val") | self.task.scores(params)
@@ -250,7 +253,8 @@ class Loop:
             )
         self.rollbacks += 1
         jump = int(state.data_offset) + step - found.step
-        state, _ = self.checkpoints.restore("latest", self.program.target.replace(frozen=state.frozen))
+        target = self.average.saved(self.program.target.replace(frozen=state.frozen))
+        state = self.average.begin(self.checkpoints.restore("latest", target)[0])
         offset = jax.device_put(state.data_offset * 0 + jump, state.data_offset.sharding)
         state = state.replace(data_offset=offset, guard=state.guard.set_back())
         self.log.truncate_after(found.step)

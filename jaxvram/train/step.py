@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvram.errors import UserError
+from jaxvram.errors import UserError, nearest
+from jaxvram.train import average
 from jaxvram.train import stochastic_rounding as rounding
+from jaxvram.train.average import DEVICES
 from jaxvram.train.guard import Guard, GuardConfig, judge
 from jaxvram.train.partition import join
 
@@ -20,7 +22,9 @@ class TrainConfig:
     batch_size: int = 8  # sequences or images a step, over all devices
     microbatch_size: int = 0  # of them at a time, gradients added up; 0: all at once
     seed: int = 1337  # of parameters, batches and dropout
-    ema_decay: float = 0.0  # of an average of the weights, evaluated and sampled from; 0: none
+    ema_decay: float = 0.0  # of an average of the weights, a step; evaluated and sampled from; 0: none
+    ema_every: int = 1  # steps between its updates, with as much of the decay at once
+    ema_device: str = "card"  # where it lives: card, 4 bytes a parameter | host, copied to every ema_every steps
     log_every: int = 10  # steps between lines of metrics
     init_from: str = ""  # a folder of weights to start from (Hugging Face layout); empty: at random
     profile_start: int = 0  # first step of a trace in WORKDIR/profile; 0: none
@@ -32,12 +36,20 @@ class TrainConfig:
             raise UserError("train: steps, batch_size, log_every and profile_steps must be at least 1")
         if min(self.microbatch_size, self.profile_start) < 0 or not 0 <= self.ema_decay < 1:
             raise UserError("train: microbatch_size and profile_start must not be negative, ema_decay must be in [0, 1)")
+        if self.ema_every < 1:
+            raise UserError(f"train.ema_every={self.ema_every} must be at least 1")
+        if self.ema_device not in DEVICES:
+            raise UserError(f"train.ema_device={self.ema_device!r} is unknown{nearest(self.ema_device, DEVICES)}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"train.seed={self.seed} is not in [0, 2^32)")
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.microbatch_size={self.microbatch_size}"
             )
+
+    @property
+    def ema_on_host(self) -> bool:
+        return self.ema_decay > 0 and self.ema_device == "host"
 
     @property
     def microbatches(self) -> int:
@@ -52,7 +64,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any  # those that are trained
     frozen: Any  # the others, {} where all are trained; never changed, in no checkpoint
     opt_state: Any
-    ema: Any  # None without
+    ema: Any  # None without, and where it lives on the host
     guard: Guard
 
     @property
@@ -69,8 +81,9 @@ def init_params(task, cfg: TrainConfig):
 def init_state(tx, cfg: TrainConfig, params, frozen) -> TrainState:
     """The state before step 0; jit it, so that nothing is made twice."""
     zero = jnp.zeros((), jnp.int32)
+    on_card = cfg.ema_decay > 0 and not cfg.ema_on_host
     # In fp32 whatever the weights are: a thousandth of a step is lost in bf16.
-    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if cfg.ema_decay > 0 else None
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if on_card else None
     return TrainState(zero, zero, params, frozen, tx.init(params), ema, Guard.fresh(cfg.guard))
 
 
@@ -94,12 +107,7 @@ def make_train_step(task, tx, schedule, cfg: TrainConfig, stochastic_rounding: b
         # Chosen leaf by leaf, so that it melts into the update in place; a cond would keep both.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
-        ema = None
-        if cfg.ema_decay > 0:
-            n = state.step.astype(jnp.float32)
-            decay = jnp.minimum(cfg.ema_decay, (1 + n) / (10 + n))  # warms up: early weights are forgotten soon
-            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-            ema = keep(ema, state.ema)
+        ema = None if state.ema is None else average.updated(state, params, good, cfg)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 
 from jaxvram.errors import UserError
+from jaxvram.train.average import with_average
 from jaxvram.train.program import make_functions
 from jaxvram.vram import cards, figures
 from jaxvram.vram.bill import make_bill
@@ -30,6 +31,7 @@ class Program:
     fn: Callable  # of arrays; `state` as a parameter's name is left out of buffers' names
     args: tuple = ()  # pytrees of ShapeDtypeStruct
     donate_argnums: tuple[int, ...] = ()
+    from_host_bytes: int = 0  # of the arguments, those that lie on the host while a run trains
 
 
 def choose_card(name: str | None) -> Card:
@@ -55,10 +57,14 @@ def programs(recipe, task) -> dict[str, Program]:
     batch, state = task.batch_spec(recipe.train.batch_size), jax.eval_shape(functions.init)
     # Frozen weights come from a folder, the others from the seed.
     init = Program(functions.load, (state.frozen,), (0,)) if state.frozen else Program(lambda: functions.init())
+    evaluated, moved = state.eval_params, 0
+    if recipe.train.ema_on_host:
+        evaluated = with_average(recipe.train, state).eval_params
+        moved = sum(4 * x.size for x in jax.tree.leaves(state.params))
     return {
         "init": init,
         "train": Program(functions.step, (state, batch), (0,)),
-        "sample": Program(*task.sampling(state.eval_params)),
+        "sample": Program(*task.sampling(evaluated), from_host_bytes=moved),
     }
 
 
@@ -90,6 +96,7 @@ def make_plan(programs: dict[str, Program], card: Card, progress: Callable[[str]
             "output_bytes": compiled.output_bytes,
             "aliased_bytes": compiled.aliased_bytes,
             "peak_bytes": compiled.peak_bytes,
+            "from_host_bytes": program.from_host_bytes,
             "fits": compiled.peak_bytes <= card.usable_bytes,
             "matmul_flops": compiled.matmul_flops,
             "largest": bill.largest(LARGEST),
@@ -172,7 +179,8 @@ def _advice(plan: dict, usable: int, fit_command: str) -> list[str]:
     elif "sample" in plan and "init" in plan:
         # A run samples at each evaluation, with the training state in memory.
         state = plan["init"]["output_bytes"]
-        together = plan["sample"]["peak_bytes"] + state - plan["sample"]["argument_bytes"]
+        own = plan["sample"]["argument_bytes"] - plan["sample"]["from_host_bytes"]  # of the state: not there twice
+        together = plan["sample"]["peak_bytes"] + state - own
         if together > usable:
             lines.append(
                 f"sampling during training, beside the state of {size(state)}, needs {size(together)} and DOES NOT FIT: "

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from jaxvram.data import latents
+from jaxvram.data.autoencoders import RandomAutoencoder
 from jaxvram.data.images import ImageDataConfig, load, to_float, to_uint8
-from jaxvram.data.latents import RandomAutoencoder, prepare_latents
+from jaxvram.data.latents import prepare_latents
 from jaxvram.errors import UserError
 
 RNG = np.random.default_rng(0)
