@@ -88,7 +88,7 @@ class HostAverage(CardAverage):
         every = self._cfg.ema_every
         if step % every:
             return
-        self._tree.result()  # else a third copy of the weights would wait here
+        self._tree.result()  # else copies of the weights would queue up
         skipped = int(state.guard.skipped)  # waits for the step
         bad, self._skipped = skipped > self._skipped, skipped
         if bad and every == 1:  # as on the card
@@ -113,7 +113,7 @@ def _in_fp32(tree):
 
 
 def _moved(average, params, move):
-    """New arrays, leaf by leaf, so that no more than one of them is there twice."""
+    """New arrays: while they are made the host holds 12 bytes a parameter, the average before and after and the weights."""
 
     def one(e, p):
         new = p.astype(np.float32, copy=False) - e
