@@ -102,7 +102,8 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
     if is_official and (options.adapter or not hasattr(source, "save_official")):
         what = "an adapter is" if options.adapter else f"{name_of(recipe.model)}'s weights are"
         raise UserError(f"--out={options.out}: {what} exported to a folder, --out=DIR; .pth is RWKV's own format")
-    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=False)
+    measures = hasattr(TASKS[TASK_OF[name_of(recipe.model)]], "measured")  # an autoencoder's scale is told by its data
+    task, params, step = load_checkpoint(recipe, workdir, options.checkpoint, with_data=measures)
     if options.adapter:
         if hasattr(source, "lora_module"):
             diffusers_lora.save(params, recipe.model, recipe.finetune, options.out, recipe.train.init_from)
@@ -117,7 +118,7 @@ def export(recipe, workdir: pathlib.Path, options) -> int:
         source.save_official(params, task.model.cfg, options.out)
         print(f"step {step} of {workdir} as an official checkpoint: {options.out}")
         return 0
-    how = _storage(recipe, options, step)
+    how = _storage(recipe, options, step) | (task.measured(params) if measures else {})
     source.save(params, task.model.cfg, options.out, **how)
     if pathlib.Path(options.out).is_file():
         print(f"step {step} of {workdir} as a GGUF file: {options.out}")

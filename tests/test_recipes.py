@@ -12,6 +12,7 @@ from jaxvram import recipe as recipes
 from jaxvram.errors import UserError
 from jaxvram.main import main
 from jaxvram.models.gpt2 import GPT2Config
+from jaxvram.tasks.autoencoder import AutoencodingConfig
 from jaxvram.tasks.diffusion import DiffusionConfig
 from jaxvram.tasks.language import LanguageConfig
 from jaxvram.train import metrics
@@ -129,6 +130,7 @@ def test_tiny_learns(file, tmp_path, monkeypatch, capsys, no_report, request):
             "--config.sample.max_new_tokens=8", "--config.task.score_problems=8", "--config.data.download=False"
         ],
         DiffusionConfig: ["--config.sample.steps=2", "--config.task.score_samples=0"],
+        AutoencodingConfig: ["--config.task.score_images=0", "--config.train.batch_size=4"],
     }[type(build(file, "tiny").task)]  # fmt: skip
     arguments = [
         *of_task, "--config.train.steps=30", "--config.train.log_every=1", "--config.eval.every=0",

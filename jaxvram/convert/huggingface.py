@@ -1,5 +1,6 @@
 """A folder in Hugging Face's layout: config.json beside weights as safetensors, or beside shards and their index."""
 
+import functools
 import json
 import os
 import pathlib
@@ -76,7 +77,6 @@ class HuggingFaceFolder:
         if (found := self.config.get(layout.kind)) not in kinds:
             raise UserError(f"{self.path / self.layout.config} is of a {found!r} model; this recipe's model is {kinds[0]!r}")
         self._files = {}
-        self._file_of = self._tensor_names()
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -132,8 +132,9 @@ class HuggingFaceFolder:
         """The fields of `cfg` are as the checkpoint has them; the message names the overrides."""
         check_fields(self.path, wanted, cfg)
 
-    def _tensor_names(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+    @functools.cached_property
+    def _file_of(self) -> dict[str, str]:
+        """Tensor name -> file name; asked for with the first tensor, as a plan needs config.json alone."""
         layout = self.layout
         if (self.path / layout.weights).is_file():
             return dict.fromkeys(self._open(self.path / layout.weights).keys(), layout.weights)

@@ -1,15 +1,26 @@
 """What makes latents of images and images of latents: by name, or from a folder.
 
-An autoencoder has `identity` (a dict fit for JSON: `name`, and a `fingerprint` of its numbers), `downsample`, `channels`,
-`scale` (latents times this have about unit variance), `encode(images_BxHxWx3 in [-1, 1]) -> (mean, std)`, each
-(B, H / downsample, W / downsample, channels), and `decode(latents) -> images_BxHxWx3`. Latents are without the scale.
+An autoencoder has `path` (what `load_autoencoder` takes for it), `identity` (a dict fit for JSON: `name`, and a
+`fingerprint` of its numbers), `downsample`, `channels`, `scale` (latents times this have about unit variance),
+`encode(images_BxHxWx3 in [-1, 1]) -> (mean, std)`, each (B, H / downsample, W / downsample, channels), and
+`decode(latents) -> images_BxHxWx3`. Latents are without the scale.
 """
 
+import functools
 import hashlib
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from jaxvram.convert import autoencoder as convert
 from jaxvram.errors import UserError, nearest
+from jaxvram.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+PIXELS = 2**18  # that go through at once: an image of 512, 4 of 256, 256 of 32 pixels a side
+COMPUTE = {"remat": "none", "dtype": "float32", "param_dtype": "float32", "kernels": "xla"}
 
 
 class RandomAutoencoder:
@@ -18,7 +29,7 @@ class RandomAutoencoder:
     Three of them are the means of red, green and blue, times 8, so what it decodes is the picture in coarse blocks.
     """
 
-    downsample, channels = 8, 4
+    path, downsample, channels = "random", 8, 4
     scale = 0.25  # the latents of scikit-learn's two photographs have a standard deviation of 4.5
     std = 0.05  # of every latent, before the scale
 
@@ -49,15 +60,101 @@ class RandomAutoencoder:
         return np.clip(patches.reshape(B, 8 * h, 8 * w, 3), -1, 1)
 
 
+class TrainedAutoencoder:
+    """Of a folder in diffusers' layout, which an export of ours is. Between calls no weight of it is on the device.
+
+    A call lets PIXELS through at a time, however many images it is given, in fp32.
+    """
+
+    def __init__(self, folder):
+        self.path = str(pathlib.Path(folder).expanduser().resolve())
+        self._cfg, self.scale = convert.read_config(self.path, **COMPUTE)
+        if self._cfg.channels != 3:
+            raise UserError(f"the autoencoder in {folder} is for images of {self._cfg.channels} channels; it must be for 3")
+        self.downsample, self.channels = self._cfg.downsample, self._cfg.latent_channels
+        self.identity = {"name": convert.CLASS, "fingerprint": self._fingerprint()}
+
+    def encode(self, images_BxHxWx3) -> tuple[np.ndarray, np.ndarray]:
+        moments_Bx2xhxwxC = self._by_chunks(_encode, images_BxHxWx3, 1)
+        return moments_Bx2xhxwxC[:, 0], moments_Bx2xhxwxC[:, 1]
+
+    def decode(self, latents_BxhxwxC) -> np.ndarray:
+        return self._by_chunks(_decode, latents_BxhxwxC, self.downsample**2)
+
+    def _by_chunks(self, of, arrays_BxHxWxC, pixels_a_place: int) -> np.ndarray:
+        """What the program of `of` makes of all; the last chunk is filled up, so that one size compiles."""
+        arrays = np.asarray(arrays_BxHxWxC, np.float32)
+        B, H, W, _ = arrays.shape
+        rows = min(B, at_once(H * W * pixels_a_place))
+        params, run, out = jax.device_put(self._params), _compiled(of, self._cfg), []
+        for start in range(0, B, rows):
+            chunk = arrays.take(range(start, start + rows), axis=0, mode="wrap")
+            out.append(np.asarray(run(params, chunk))[: B - start])
+        return np.concatenate(out)
+
+    @functools.cached_property
+    def _params(self):
+        """On the host."""
+        return convert.load_params(self.path, self._cfg)["autoencoder"]
+
+    def _fingerprint(self) -> str:
+        """Of its sizes and of all its numbers."""
+        digest = hashlib.sha256(repr(self._cfg).encode())
+        for name, x in sorted(flatten_dict(self._params, sep="/").items()):
+            digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
+        return digest.hexdigest()[:12]
+
+
+def at_once(pixels: int) -> int:
+    """Images of so many pixels that go through together."""
+    return max(1, PIXELS // pixels)
+
+
+def _encode(cfg: AutoencoderConfig, params, images_BxHxWxC):
+    """(B, 2, h, w, c): mean and standard deviation."""
+    mean, logvar = AutoencoderKL(cfg).apply({"params": params}, images_BxHxWxC, method="encode")
+    return jnp.stack([mean, jnp.exp(logvar / 2)], axis=1)
+
+
+def _decode(cfg: AutoencoderConfig, params, latents_BxhxwxC):
+    return jnp.clip(AutoencoderKL(cfg).apply({"params": params}, latents_BxhxwxC, method="decode"), -1, 1)
+
+
+@functools.cache
+def _compiled(of, cfg: AutoencoderConfig):
+    return jax.jit(functools.partial(of, cfg))
+
+
+def programs(folder, image_size: int) -> dict[str, tuple]:
+    """What a preparation and a look at samples run: name -> (function, shapes of its arguments, which are donated).
+
+    From config.json alone, for a plan.
+    """
+    cfg, _ = convert.read_config(folder, **COMPUTE)
+    if image_size % cfg.downsample:
+        raise UserError(f"image_size={image_size} must be a multiple of the autoencoder's {cfg.downsample} pixels")
+    rows, side = at_once(image_size**2), image_size // cfg.downsample
+    images = jax.ShapeDtypeStruct((rows, image_size, image_size, cfg.channels), jnp.float32)
+    latents = jax.ShapeDtypeStruct((rows, side, side, cfg.latent_channels), jnp.float32)
+    params = jax.eval_shape(lambda: AutoencoderKL(cfg).init(jax.random.key(0), jnp.zeros(images.shape))["params"])
+    return {
+        "encode": (functools.partial(_encode, cfg), (params, images), ()),
+        "decode": (functools.partial(_decode, cfg), (params, latents), ()),
+    }
+
+
 AUTOENCODERS = {"random": RandomAutoencoder}
 
 
 def load_autoencoder(name_or_folder: str):
-    """The autoencoder of that name.
+    """The autoencoder of that name, or in that folder: a model of diffusers' AutoencoderKL, or a whole Stable Diffusion.
 
     Raises:
-      UserError: there is no such autoencoder.
+      UserError: there is no such autoencoder, or the folder is incomplete, damaged or holds something else.
     """
-    if name_or_folder not in AUTOENCODERS:
-        raise UserError(f"the autoencoder {name_or_folder!r} is unknown{nearest(name_or_folder, AUTOENCODERS)}")
-    return AUTOENCODERS[name_or_folder]()
+    if name_or_folder in AUTOENCODERS:
+        return AUTOENCODERS[name_or_folder]()
+    if not pathlib.Path(name_or_folder).expanduser().is_dir():
+        hint = nearest(str(name_or_folder), AUTOENCODERS)
+        raise UserError(f"the autoencoder {str(name_or_folder)!r} is unknown, and no folder{hint}")
+    return TrainedAutoencoder(name_or_folder)

@@ -1,6 +1,6 @@
 """AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752; its f8 is Stable Diffusion's): images to latents and back.
 
-  encoder: conv, for each level `layers_per_level` residual blocks, then half the side; the middle; norm, silu, conv
+  encoder: conv, for each level `res_blocks` residual blocks, then half the side; the middle; norm, silu, conv
   middle:  a residual block, x += attention(norm(x)) over all places with one head, a residual block
   [mean, logvar] = 1x1(encoder(x)), logvar held in [-30, 20];  z = mean + exp(logvar / 2) eps
   decoder: 1x1, conv, the middle, for each level from the last one more residual block, then twice the side by repeating
@@ -35,10 +35,10 @@ class AutoencoderConfig:
     image_size: int = 256  # H = W of what it learns from; any multiple of `downsample` goes through
     channels: int = 3  # C of images
     latent_channels: int = 4
-    base_width: int = 128  # channels of the first level
-    multipliers: str = "1,2,4,4"  # of it, by level; each level has half the side of the one before
-    layers_per_level: int = 2  # residual blocks, in the decoder one more
-    norm_groups: int = 32
+    width: int = 128  # channels of the first level
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of it, by level; each level has half the side of the one before
+    res_blocks: int = 2  # residual blocks, in the decoder one more
+    groups: int = 32
     remat: str = "full"  # none | full: what the backward pass computes again, block by block
     dtype: str = "bfloat16"  # of convolutions and matrix products: bfloat16 | float32
     param_dtype: str = "float32"  # of parameters
@@ -51,16 +51,16 @@ class AutoencoderConfig:
         ):  # fmt: skip
             if (value := getattr(self, field)) not in valid:
                 raise UserError(f"model.{field}={value!r} is unknown{nearest(value, valid)}")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in self.multipliers.split(",")):
-            raise UserError(f"model.multipliers={self.multipliers!r} must be whole numbers with commas between: 1,2,4,4")
-        sizes = (self.channels, self.latent_channels, self.base_width, self.layers_per_level, self.norm_groups)
+        if not self.multipliers or not all(type(m) is int and m > 0 for m in self.multipliers):
+            raise UserError(f"model.multipliers={self.multipliers} must be whole numbers of at least 1, as (1, 2, 4, 4)")
+        sizes = (self.channels, self.latent_channels, self.width, self.res_blocks, self.groups)
         if min(sizes) < 1:
             raise UserError("model: every size must be at least 1")
         if self.image_size < 1 or self.image_size % self.downsample:
             which = f"model.image_size={self.image_size}"
             raise UserError(f"{which} is no multiple of {self.downsample}, the pixels of a latent (model.multipliers)")
-        if odd := [width for width in self.widths if width % self.norm_groups]:
-            raise UserError(f"model.norm_groups={self.norm_groups} does not divide a level's {odd[0]} channels")
+        if odd := [width for width in self.widths if width % self.groups]:
+            raise UserError(f"model.groups={self.groups} does not divide a level's {odd[0]} channels")
         if self.kernels in ("pallas", "interpret") and self.widths[-1] > LARGEST_HEAD:
             raise UserError(
                 f"model.kernels={self.kernels}: the middle's one head is {self.widths[-1]} wide, and kernels take up to "
@@ -70,12 +70,12 @@ class AutoencoderConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels by level."""
-        return tuple(self.base_width * int(part) for part in self.multipliers.split(","))
+        return tuple(self.width * m for m in self.multipliers)
 
     @property
     def downsample(self) -> int:
         """Pixels of an image, a side, for one place of its latents: 2^(levels - 1)."""
-        return 2 ** (len(self.multipliers.split(",")) - 1)
+        return 2 ** (len(self.multipliers) - 1)
 
 
 def _dtypes(cfg: AutoencoderConfig) -> dict:
@@ -88,7 +88,7 @@ def _block(cfg: AutoencoderConfig, module):
 
 
 def _res(cfg: AutoencoderConfig, features: int, name: str):
-    return _block(cfg, ResBlock)(features, cfg.norm_groups, EPSILON, **_dtypes(cfg), name=name)
+    return _block(cfg, ResBlock)(features, cfg.groups, EPSILON, **_dtypes(cfg), name=name)
 
 
 class PlaceAttention(nn.Module):
@@ -103,7 +103,7 @@ class PlaceAttention(nn.Module):
         inits = dict.fromkeys(("kernel_init", "proj_init"), fan_in_uniform())
         kernels = "xla" if C > LARGEST_HEAD else cfg.kernels
         attn = SelfAttention(1, dense, **inits, causal=False, kernels=kernels, name="attn")
-        h = GroupNorm(cfg.norm_groups, EPSILON, **_dtypes(cfg), name="norm")(x_BxHxWxC)
+        h = GroupNorm(cfg.groups, EPSILON, **_dtypes(cfg), name="norm")(x_BxHxWxC)
         return x_BxHxWxC + attn(h.reshape(B, H * W, C))[0].reshape(x_BxHxWxC.shape)
 
 
@@ -129,7 +129,7 @@ class Down(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for i in range(self.cfg.layers_per_level):
+        for i in range(self.cfg.res_blocks):
             x = _res(self.cfg, self.features, f"resnet_{i}")(x)
         if self.is_last:
             return x
@@ -145,7 +145,7 @@ class Up(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for i in range(self.cfg.layers_per_level + 1):
+        for i in range(self.cfg.res_blocks + 1):
             x = _res(self.cfg, self.features, f"resnet_{i}")(x)
         return x if self.is_last else _block(self.cfg, Upsample)(self.features, **_dtypes(self.cfg), name="upsample")(x)
 
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
             x = Down(cfg, width, i == len(cfg.widths) - 1, name=f"down_{i}")(x)
         x = Middle(cfg, name="mid")(x)
         of_last = {"dtype": jnp.float32, "param_dtype": cfg.param_dtype}
-        x = GroupNorm(cfg.norm_groups, EPSILON, silu=True, **of_last, name="norm_out")(x)
+        x = GroupNorm(cfg.groups, EPSILON, silu=True, **of_last, name="norm_out")(x)
         return Conv(2 * cfg.latent_channels, **of_last, name="conv_out")(x)
 
 
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         x = Middle(cfg, name="mid")(x)
         for i, width in enumerate(reversed(cfg.widths)):
             x = Up(cfg, width, i == len(cfg.widths) - 1, name=f"up_{i}")(x)
-        return GroupNorm(cfg.norm_groups, EPSILON, silu=True, **_dtypes(cfg), name="norm_out")(x)
+        return GroupNorm(cfg.groups, EPSILON, silu=True, **_dtypes(cfg), name="norm_out")(x)
 
 
 class AutoencoderKL(nn.Module):

@@ -122,10 +122,14 @@ class AutoencodingTask:
             "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),  # read by none
         }
 
+    def example(self) -> tuple:
+        """What the model is called with, of one image."""
+        spec = self.batch_spec(1)["images"]
+        return (jnp.zeros(spec.shape, spec.dtype),)
+
     def init(self, key):
         """Parameters from the architectures' own distributions."""
-        spec = self.batch_spec(1)["images"]
-        image, (key, disc_key) = jnp.zeros(spec.shape, spec.dtype), jax.random.split(key)
+        (image,), (key, disc_key) = self.example(), jax.random.split(key)
         params = {"autoencoder": self.model.init(key, image)["params"]}
         if self.discriminator is not None:
             params["discriminator"] = self.discriminator.init(disc_key, image)["params"]

@@ -11,7 +11,7 @@ from jaxvram.layers.conv import Conv
 from jaxvram.layers.group_norm import GroupNorm
 
 WIDEST = 8  # times the first layer's channels
-GROUPS = 32
+GROUPS = 32  # at the most, of 4 channels or more
 SLOPE = 0.2  # of what is below 0
 
 
@@ -42,6 +42,6 @@ class Discriminator(nn.Module):
             features = self.width * min(2**i, WIDEST)
             x = conv(features, stride=2 if i < self.layers else 1, name=f"conv_{i}")(x)
             if i:
-                x = GroupNorm(math.gcd(features, GROUPS), **dtypes, name=f"norm_{i}")(x)
+                x = GroupNorm(math.gcd(max(1, features // 4), GROUPS), **dtypes, name=f"norm_{i}")(x)
             x = jax.nn.leaky_relu(x, SLOPE)
         return conv(1, name="out")(x).astype(jnp.float32)

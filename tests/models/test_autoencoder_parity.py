@@ -22,8 +22,8 @@ def our_config(variant):
     widths = c["block_out_channels"]
     return AutoencoderConfig(
         image_size=c["sample_size"], channels=c["in_channels"], latent_channels=c["latent_channels"],
-        base_width=widths[0], multipliers=",".join(str(width // widths[0]) for width in widths),
-        layers_per_level=c["layers_per_block"], norm_groups=c["norm_num_groups"], remat="none", dtype="float32",
+        width=widths[0], multipliers=tuple(width // widths[0] for width in widths),
+        res_blocks=c["layers_per_block"], groups=c["norm_num_groups"], remat="none", dtype="float32",
     )  # fmt: skip
 
 
