@@ -168,7 +168,7 @@ def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     answer = json.loads(done.stdout)
     for variant, (real, planned) in answer["peaks"].items():
         # A convolution on a CPU copies its weights and images into an order of its own, of which no GPU's plan should know.
-        assert planned == pytest.approx(real, rel=0.06 if isinstance(cfg, UNetConfig) else 0.01), variant
+        assert planned == pytest.approx(real, rel=0.1 if isinstance(cfg, UNetConfig) else 0.01), variant
     every, trained = our_parameters(cfg, finetune)
     theirs = answer["parameters"]
     assert theirs["all"] - theirs["extra"] == every
