@@ -33,7 +33,8 @@ LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d", "torchscale",
     "rwkv7-hf",
 )  # fmt: skip
-OF_KIND = {"dit": ("diffusers",), "retnet": ("torchscale",), "rwkv7": ("transformers", "rwkv7-hf")}
+OF_KIND = {"dit": ("diffusers",), "autoencoder": ("diffusers",), "retnet": ("torchscale",),
+           "rwkv7": ("transformers", "rwkv7-hf")}  # fmt: skip
 
 
 def main() -> int:

@@ -48,6 +48,10 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
         from images import dit
 
         twin = dit(model, variant, device)
+    elif kind == "autoencoder":
+        from autoencoders import autoencoder
+
+        twin = autoencoder(model, device)
     elif kind == "retnet":
         twin = _retnet(model, device)
     else:
@@ -65,7 +69,7 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
 
 
 def _checkpoint(kind: str, model) -> None:
-    if kind == "dit":
+    if kind in ("dit", "autoencoder"):
         model.enable_gradient_checkpointing()  # diffusers' does not re-enter
     elif kind == "retnet":
         recurrent.checkpoint_layers(model)

@@ -46,7 +46,7 @@ def plan(request, variant) -> tuple[dict, dict]:
     if request.device == "cuda":
         attention.route()
     kind = request.model["kind"]
-    if kind not in ("dit", "retnet"):  # of transformers
+    if kind not in ("dit", "autoencoder", "retnet"):  # of transformers
         unpacked()
     if kind in STOOD_IN:
         importlib.import_module(STOOD_IN[kind]).route(request.model)
