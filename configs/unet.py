@@ -27,7 +27,7 @@ def get_config(variant="auto"):
         optimizer=OptimizerConfig(
             learning_rate=1e-4, schedule="cosine", warmup_steps=500, b1=0.95, b2=0.999, clip_norm=1.0,
             groups={"all": ParamGroup(r".*", weight_decay=1e-6)},
-        ),  # fmt: skip
+        ),
         train=TrainConfig(steps=50_000, batch_size=64, ema_decay=0.9999, log_every=50),
         eval=EvalConfig(every=5_000, batches=10),
         sample=DiffusionSampleConfig(sampler="ddpm", steps=250, guidance=1.0, num_samples=16, clip=True),

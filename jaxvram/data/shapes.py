@@ -16,6 +16,7 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPE
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 EXTENTS = (0.16, 0.24)  # of a shape, as a share of the picture's side
 GAP = 0.02  # between a centre and the border of its cell, as a share of the picture's side
+MOST_HELD_OUT = 8  # pairs of colour and shape: half of the table
 SMALLEST = 16  # pixels a side: a cross needs that many to look like one
 CONFIDENT = (
     0.7  # below, what is recognised does not count; clean shapes reach 0.89, the wrong shape drawn over one 0.87
@@ -31,29 +32,49 @@ _CHUNK = 256  # pictures recognised at a time: 64 pixels a side take 4 MB for ea
 class ShapesSource:
     """Pictures of `image_size` pixels a side, one shape each; example k is a function of (seed, split, k) alone."""
 
-    class_names, num_classes = CLASS_NAMES, len(CLASS_NAMES)
+    class_names, num_classes, has_captions = CLASS_NAMES, len(CLASS_NAMES), True
 
-    def __init__(self, image_size: int, seed: int):
+    def __init__(self, image_size: int, seed: int, held_out_pairs: int = 0):
         if image_size < SMALLEST:
             raise UserError(f"data.image_size={image_size} is too small for shapes: take {SMALLEST} or more")
-        self._seed = seed
+        if not 0 <= held_out_pairs <= MOST_HELD_OUT:
+            which = f"data.held_out_pairs={held_out_pairs} is not in 0 to {MOST_HELD_OUT}"
+            raise UserError(f"{which}: every colour and shape must be learnt in two pairs at least")
+        self._seed, self._held_out = seed, held_out_labels(held_out_pairs)
         self.shape, self.example_size = (image_size, image_size, 3), 3 * image_size**2
         self.identity = identity_of(self.shape, self.class_names)
         self.description = (
             f"coloured shapes, drawn without end, {image_size}x{image_size}x3, {self.num_classes} classes"
         )
+        if held_out_pairs:
+            names = ", ".join(CLASS_NAMES[label] for label in self._held_out)
+            self.description += f", of which nobody trains on {names}"
+            self.identity |= {"held_out": names}
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         return self._draw(self._seed, split, n * batch_size + np.arange(batch_size)[rows])
 
     def captions(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> list[str]:
         """What stands in the batch of the same arguments: 'a red circle at the top left'."""
-        drawn = _drawn(self._seed, split, n * batch_size + np.arange(batch_size)[rows])
+        drawn = _drawn(self._seed, split, n * batch_size + np.arange(batch_size)[rows], self._held_out)
         return [caption(*c) for c in zip(drawn["colour"], drawn["shape"], drawn["position"], strict=True)]
 
     def positions(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> np.ndarray:
         """The cells of the same batch's shapes: places in POSITIONS, int32 (B,)."""
-        return _drawn(self._seed, split, n * batch_size + np.arange(batch_size)[rows])["position"]
+        return _drawn(self._seed, split, n * batch_size + np.arange(batch_size)[rows], self._held_out)["position"]
+
+    def examples(self, split: str, number_N: np.ndarray) -> np.ndarray:
+        """Pictures of these numbers, as batches have them."""
+        return self._draw(self._seed, split, number_N)["images"]
+
+    def labels(self, split: str, count: int) -> np.ndarray:
+        """Classes of the first examples, which are not drawn for it."""
+        drawn = _drawn(self._seed, split, np.arange(count), self._held_out)
+        return drawn["colour"] * len(SHAPES) + drawn["shape"]
+
+    def unseen(self, count: int) -> tuple[list[str], np.ndarray]:
+        """(captions, labels): the pairs of colour and shape that are held out, in turn, at positions in turn."""
+        return unseen(self._held_out, count)
 
     def train_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(self._draw(0, "train", np.arange(limit)).values())
@@ -75,15 +96,32 @@ class ShapesSource:
         return score(images_BxHxWx3, labels_B, positions_B)
 
     def _draw(self, seed: int, split: str, number_B: np.ndarray) -> dict[str, np.ndarray]:
-        drawn, size = _drawn(seed, split, number_B), self.shape[0]
+        drawn, size = _drawn(seed, split, number_B, self._held_out), self.shape[0]
         cover_BxHxW = coverage(drawn["shape"], size * drawn["centre"], size * drawn["extent"], size)
         images_BxHxWx3 = cover_BxHxW[..., None] * _PALETTE_Kx3[drawn["colour"]][:, None, None]
         images_BxHxWx3 += _BACKGROUND_3
         return {"images": images_BxHxWx3, "labels": drawn["colour"] * len(SHAPES) + drawn["shape"]}
 
 
-def _drawn(seed: int, split: str, number_B: np.ndarray) -> dict[str, np.ndarray]:
-    """What each example shows: places in COLOURS, SHAPES and POSITIONS, and centre (B, 2: x, y) and extent in sides."""
+def held_out_labels(count: int) -> tuple[int, ...]:
+    """So many pairs of colour and shape, as classes: along the diagonals of their table: no word is short of them."""
+    n = len(SHAPES)
+    return tuple(colour * n + (colour + diagonal) % n for diagonal in range(n) for colour in range(n))[:count]
+
+
+def unseen(held_out: tuple[int, ...], count: int) -> tuple[list[str], np.ndarray]:
+    """(captions, labels) of these classes in turn (of all, if none is held out), at positions in turn."""
+    labels_N = np.resize(held_out or np.arange(len(CLASS_NAMES)), count).astype(np.int32)
+    rounds_N = np.arange(count) // max(len(held_out), 1)
+    shown = zip(*np.divmod(labels_N, len(SHAPES)), rounds_N % len(POSITIONS), strict=True)
+    return [caption(*which) for which in shown], labels_N
+
+
+def _drawn(seed: int, split: str, number_B: np.ndarray, held_out: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    """What each example shows: places in COLOURS, SHAPES and POSITIONS, and centre (B, 2: x, y) and extent in sides.
+
+    No training example shows a class of `held_out`.
+    """
     u_BxN = uniforms(seed, split, number_B, 7)
     pick = lambda u, count: (u * count).astype(np.int32)
     column_B, row_B = pick(u_BxN[:, 2], 3), pick(u_BxN[:, 3], 3)
@@ -95,9 +133,13 @@ def _drawn(seed: int, split: str, number_B: np.ndarray) -> dict[str, np.ndarray]
         low_B = np.maximum(cell_B / 3 + GAP, margin_B)
         high_B = np.minimum((cell_B + 1) / 3 - GAP, 1 - margin_B)
         centre_Bx2[:, axis] = low_B + u_BxN[:, 5 + axis] * (high_B - low_B)
+    colour_B, shape_B = pick(u_BxN[:, 0], len(COLOURS)), pick(u_BxN[:, 1], len(SHAPES))
+    if held_out and split == "train":
+        others = np.setdiff1d(np.arange(len(CLASS_NAMES)), held_out)
+        colour_B, shape_B = np.divmod(others[pick(u_BxN[:, 0], len(others))].astype(np.int32), len(SHAPES))
     return {
-        "colour": pick(u_BxN[:, 0], len(COLOURS)),
-        "shape": pick(u_BxN[:, 1], len(SHAPES)),
+        "colour": colour_B,
+        "shape": shape_B,
         "position": 3 * row_B + column_B,
         "centre": centre_Bx2,
         "extent": extent_B,

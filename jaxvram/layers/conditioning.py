@@ -1,4 +1,4 @@
-"""What a denoiser is told beside the image: how noisy it is, and of which class."""
+"""What a denoiser is told beside the image: how noisy it is, of which class, or what a text says."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxvram.layers.embeddings import Embed
 from jaxvram.layers.linear import Linear
+from jaxvram.layers.mlp import ACTIVATIONS
 
 FREQUENCIES = 256  # numbers that stand for a timestep, whatever the model's width
 
@@ -45,3 +46,18 @@ class LabelEmbed(nn.Module):
     def __call__(self, labels_B):
         init = nn.initializers.normal(0.02)
         return Embed(self.num_classes + 1, self.width, init, self.dtype, self.param_dtype, name="table")(labels_B)
+
+
+class CaptionEmbed(nn.Module):
+    """Linear - GELU (tanh) - Linear: a text encoder's features to the width of the model; weights N(0, 0.02)."""
+
+    width: int  # D
+    dtype: jnp.dtype = jnp.bfloat16
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, context_BxSxE):
+        dense = lambda name: Linear(
+            self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02), name=name
+        )
+        return dense("fc2")(ACTIVATIONS["gelu_tanh"](dense("fc1")(context_BxSxE.astype(self.dtype))))

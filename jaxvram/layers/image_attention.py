@@ -17,6 +17,8 @@ class Attention(nn.Module):
 
     heads: int
     qkv_bias: bool = False
+    q_init: nn.initializers.Initializer = fan_in_uniform()
+    kv_init: nn.initializers.Initializer = fan_in_uniform()
     out_init: nn.initializers.Initializer = fan_in_uniform()
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
@@ -31,10 +33,11 @@ class Attention(nn.Module):
         def dense(name, use_bias, init):
             return Linear(D, use_bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
 
-        def heads(name, a):
-            return dense(name, self.qkv_bias, fan_in_uniform())(a).reshape(*a.shape[:2], self.heads, D // self.heads)
+        def heads(name, init, a):
+            return dense(name, self.qkv_bias, init)(a).reshape(*a.shape[:2], self.heads, D // self.heads)
 
-        q, k, v = heads("c_q", x_BxTxD), heads("c_k", source), heads("c_v", source)
+        q = heads("c_q", self.q_init, x_BxTxD)
+        k, v = heads("c_k", self.kv_init, source), heads("c_v", self.kv_init, source)
         y = attention(q, k, v, causal=False, key_lengths_B=length_B, implementation=self.kernels)
         return dense("c_proj", True, self.out_init)(y.reshape(B, T, D))
 
@@ -55,7 +58,7 @@ class ImageAttention(nn.Module):
         B, H, W, C = x_BxHxWxC.shape
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h_BxTxC = GroupNorm(self.groups, self.epsilon, **dtypes, name="norm")(x_BxHxWxC).reshape(B, H * W, C)
-        attn = Attention(self.heads, True, self.out_init, **dtypes, kernels=self.kernels, name="attn")
+        attn = Attention(self.heads, True, out_init=self.out_init, **dtypes, kernels=self.kernels, name="attn")
         return x_BxHxWxC + attn(h_BxTxC).reshape(B, H, W, C)
 
 

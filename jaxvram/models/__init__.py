@@ -8,6 +8,7 @@ from jaxvram.models.llama import Llama, LlamaConfig
 from jaxvram.models.mamba import Mamba, MambaConfig
 from jaxvram.models.mamba2 import Mamba2, Mamba2Config
 from jaxvram.models.moe import MoE, MoEConfig
+from jaxvram.models.pixart import PixArt, PixArtConfig
 from jaxvram.models.retnet import RetNet, RetNetConfig
 from jaxvram.models.rwkv4 import RWKV4, RWKV4Config
 from jaxvram.models.rwkv5 import RWKV5, RWKV5Config
@@ -18,6 +19,7 @@ from jaxvram.models.unet import UNet, UNetConfig
 MODELS = {
     "gpt2": (GPT2, GPT2Config),
     "dit": (DiT, DiTConfig),
+    "pixart": (PixArt, PixArtConfig),
     "unet": (UNet, UNetConfig),
     "autoencoder": (AutoencoderKL, AutoencoderConfig),
     "llama": (Llama, LlamaConfig),

@@ -14,5 +14,5 @@ from jaxvram.tasks.language import LanguageTask
 
 TASKS = {"language": LanguageTask, "diffusion": DiffusionTask, "autoencoding": AutoencodingTask}
 LANGUAGE_MODELS = ("gpt2", "llama", "bitnet", "mamba", "mamba2", "moe", "retnet", "rwkv4", "rwkv5", "rwkv6", "rwkv7")
-TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | dict.fromkeys(("dit", "unet"), "diffusion")  # by the model's name
+TASK_OF = dict.fromkeys(LANGUAGE_MODELS, "language") | dict.fromkeys(("dit", "unet", "pixart"), "diffusion")  # by model
 TASK_OF["autoencoder"] = "autoencoding"

@@ -77,7 +77,8 @@ class DiffusionTask:
         """The task of a recipe. Without data, for a plan: the model says what shape they have."""
         if recipe.finetune.method not in ("none", "lora"):
             raise UserError(f"finetune.method={recipe.finetune.method} is for language models: set it to none or lora")
-        source = images.load(recipe.data, recipe.train.seed) if with_data else None
+        own_text = recipe.model.context_length if getattr(recipe.model, "text_layers", 0) else 0
+        source = images.load(recipe.data, recipe.train.seed, own_text) if with_data else None
         return cls(adapted(models.build(recipe.model), recipe.finetune), source, recipe.task, recipe.sample)
 
     def __init__(self, model, source, cfg: DiffusionConfig, sample: DiffusionSampleConfig):

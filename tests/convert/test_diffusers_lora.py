@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 import quick
+import safetensors.numpy
 from flax import traverse_util
 
-from jaxvram.convert import diffusers_lora, unet
+from jaxvram.convert import diffusers_lora, pixart, unet
 from jaxvram.errors import UserError
 from jaxvram.finetune.adapted import adapted
 from jaxvram.finetune.config import FinetuneConfig
 from jaxvram.finetune.weights import base_parameters, merged, one_by_one
+from jaxvram.models.pixart import PixArt, PixArtConfig
 from jaxvram.models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -103,3 +105,41 @@ def test_with_remat_it_is_the_same():
     shapes = jax.eval_shape(lambda: again.init(jax.random.key(0), *EXAMPLE)["params"])
     assert jax.tree.map(lambda s: s.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
     assert quick.relative_error(said(again, params), said(model, params)) < 1e-6
+
+
+def test_pixarts(tmp_path):
+    """Every matrix of a block and what embeds the text. diffusers' PixArt has no loader of LoRAs: peft puts them in."""
+    torch, peft, diffusers = (pytest.importorskip(name) for name in ("torch", "peft", "diffusers"))
+    cfg = PixArtConfig(
+        image_size=4, channels=2, n_layer=2, n_head=2, n_embd=8, context_dim=6, context_length=3, remat="none",
+        dtype="float32",
+    )  # fmt: skip
+    finetune = dataclasses.replace(EVERYTHING, targets=".*(attn|mlp|y_embed)/.*")
+    model = adapted(PixArt(cfg), finetune)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *EXAMPLE)["params"])
+    random = np.random.RandomState(1)
+    params = jax.tree.map(lambda p: random.normal(0, 0.2, p.shape).astype(np.float32), shapes)
+    diffusers_lora.save(params, cfg, finetune, tmp_path / "lora")
+    read = traverse_util.flatten_dict(diffusers_lora.load(tmp_path / "lora", shapes, cfg, finetune))
+    assert len(read) == 2 * (4 + 4 + 2 + 2)
+    for path, x in read.items():
+        np.testing.assert_allclose(x, traverse_util.flatten_dict(params)[path], rtol=1e-6)
+
+    pixart.save(plain(params), cfg, tmp_path / "base")
+    theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "base").eval()
+    tensors = safetensors.numpy.load_file(tmp_path / "lora" / diffusers_lora.LAYOUT.weights)
+    tensors = {name.removeprefix(f"{pixart.LORA_PREFIX}."): torch.tensor(x) for name, x in tensors.items()}
+    modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=2, target_modules=modules), theirs)
+    assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
+    x, t_B, condition = EXAMPLE
+    mask, none = np.arange(3) < condition["length_B"][:, None], {"resolution": None, "aspect_ratio": None}
+    with torch.no_grad():
+        out = theirs(
+            torch.tensor(x).movedim(-1, 1), torch.tensor(condition["context_BxSxE"]), torch.tensor(t_B), none,
+            encoder_attention_mask=torch.tensor(mask).float(),
+        ).sample.movedim(1, -1).numpy()  # fmt: skip
+    assert quick.relative_error(said(model, params), out) < 1e-5
+    assert quick.relative_error(said(model.model, plain(params)), out) > 0.1
+    with pytest.raises(UserError, match="diffusers has no place for a LoRA of patch_embed"):
+        pixart.lora_module(cfg, ("patch_embed",), None)

@@ -5,6 +5,7 @@ import pytest
 
 from jaxvram.data import shapes
 from jaxvram.data.images import ImageDataConfig, load, to_uint8
+from jaxvram.errors import UserError
 
 
 def source(size=32, seed=0):
@@ -148,3 +149,23 @@ def test_drawing_is_fast():
         of.batch("train", n, 64)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.01
+
+
+def test_pairs_held_out_of_training():
+    """Their colours and shapes are trained on in other pairs; evaluation has all pairs, and they are what is asked for."""
+    of = shapes.ShapesSource(16, 3, held_out_pairs=4)
+    held = {0, 5, 10, 15}  # red circle, green square, blue triangle, yellow cross
+    train, val = (of.batch(split, 0, 600)["labels"] for split in ("train", "val"))
+    assert set(train) == set(range(16)) - held and set(val) == set(range(16))
+    assert min(np.bincount(train)[sorted(set(train))]) > 20
+    captions, labels = of.unseen(40)
+    assert set(labels) == held and captions[:2] == ["a red circle at the top left", "a green square at the top left"]
+    assert {caption.split(" the ")[1] for caption in captions} == set(shapes.POSITIONS)
+    recognised = [f"a {shapes.CLASS_NAMES[label]} " for label in labels]
+    assert all(caption.startswith(start) for caption, start in zip(captions, recognised, strict=True))
+    shown = of.captions("train", 0, 600)
+    assert all(f" {shapes.CLASS_NAMES[label]} " in caption for label, caption in zip(train, shown, strict=True))
+    assert of.identity != shapes.ShapesSource(16, 3).identity
+    assert set(shapes.ShapesSource(16, 3).unseen(16)[1]) == set(range(16))
+    with pytest.raises(UserError, match="held_out_pairs=9 is not in 0 to 8"):
+        shapes.ShapesSource(16, 3, held_out_pairs=9)

@@ -17,8 +17,8 @@ class Both(nn.Module):
         self.autoencoder.enable_gradient_checkpointing()
 
 
-def autoencoder(f: dict, device: str) -> Twin:
-    """`f`: the fields of our model's config and of its task's."""
+def autoencoder(f: dict, variant, device: str) -> Twin:
+    """`f`: the fields of our model's config and of its task's. Of variants, those without a flash kernel."""
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import Attention, AttnProcessor
 

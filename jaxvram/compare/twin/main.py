@@ -33,8 +33,10 @@ LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d", "torchscale",
     "rwkv7-hf",
 )  # fmt: skip
-OF_KIND = {"dit": ("diffusers",), "autoencoder": ("diffusers",), "retnet": ("torchscale",),
-           "rwkv7": ("transformers", "rwkv7-hf")}  # fmt: skip
+OF_KIND = dict.fromkeys(requested.OF_IMAGES, ("diffusers",)) | {
+    "retnet": ("torchscale",),
+    "rwkv7": ("transformers", "rwkv7-hf"),
+}
 
 
 def main() -> int:

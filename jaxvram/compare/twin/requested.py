@@ -5,7 +5,8 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit", "autoencoder")
+KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit", "pixart", "autoencoder")
+OF_IMAGES = ("dit", "pixart", "autoencoder")  # of diffusers
 WAYS = ("planned", "measured")
 
 
