@@ -7,7 +7,7 @@
 
   variant  parameters  card      time            planned peak  what to expect
   b2         122 M     RTX 4070  12 days         3.8 GiB       from scratch; not published
-  xl2        611 M     RTX 4070  9 hours         4.5 GiB       every parameter fine-tuned at 256 px; not published
+  xl2        611 M     RTX 4070  9 hours         4.6 GiB       every parameter fine-tuned at 256 px; not published
   lora       611 M     RTX 4070  4 hours         3.4 GiB       matrices of low rank at 512 px; not published
   tiny       1.2 M     2 cores   4 minutes       0.1 GiB       captions of shapes; loss
 
