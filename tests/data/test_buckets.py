@@ -55,7 +55,9 @@ def test_choose_is_the_best_of_all_choices(count):
     of = shapes(64, 8)
     for spread in (0.2, 0.6, 1.5):
         aspects = np.exp(RNG.normal(0.3, spread, 25))
-        best = min(lost(aspects, some) for some in itertools.combinations(of, min(count, len(set(nearest(of, aspects))))))
+        best = min(
+            lost(aspects, some) for some in itertools.combinations(of, min(count, len(set(nearest(of, aspects)))))
+        )
         chosen = choose(of, aspects, count)
         assert chosen == sorted(chosen, key=lambda shape: shape[0] / shape[1])
         assert len(chosen) == len(set(chosen)) <= count and np.isclose(lost(aspects, chosen), best)
