@@ -23,6 +23,7 @@ from jaxvram.models.llama import LlamaConfig
 from jaxvram.models.mamba import MambaConfig
 from jaxvram.models.mamba2 import Mamba2Config
 from jaxvram.models.moe import MoEConfig
+from jaxvram.models.pixart import PixArtConfig
 from jaxvram.models.retnet import RetNetConfig
 from jaxvram.models.rwkv4 import RWKV4Config
 from jaxvram.models.rwkv7 import RWKV7Config
@@ -56,6 +57,12 @@ SMALL = {  # name -> (our config, fine-tuning)
     "rwkv4": (RWKV4Config(vocab_size=500, block_size=16, n_layer=2, n_embd=64), None),
     "rwkv7": (RWKV7Config(vocab_size=500, block_size=32, n_layer=2, n_embd=128), None),
     "dit": (DiTConfig(n_layer=3, n_embd=96, n_head=4, image_size=16, num_classes=10), None),
+    "pixart": (
+        PixArtConfig(
+            n_layer=3, n_embd=96, n_head=4, image_size=16, context_dim=64, context_length=24, micro_conditions=True
+        ),
+        None,
+    ),
 }
 
 
@@ -90,6 +97,9 @@ def our_parameters(cfg, finetune):
     inputs = [jnp.zeros((1, 1), jnp.int32)]
     if isinstance(cfg, DiTConfig):
         inputs = [jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)]
+    if isinstance(cfg, PixArtConfig):
+        text = {"context_BxSxE": jnp.zeros((1, cfg.context_length, cfg.context_dim)), "length_B": inputs[2]}
+        inputs[2] = text | {"size_Bx2": jnp.zeros((1, 2)), "aspect_B": jnp.zeros(1)}
 
     def sizes(m):
         params = jax.eval_shape(lambda: m.init(jax.random.key(0), *inputs)["params"])
@@ -127,7 +137,7 @@ def test_gpt2_plans_what_the_table_says(attention):
 def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     cfg, finetune = SMALL[name]
     # An update in 8 bits is one kernel on a GPU alone, so there its memory is looked at where the peak lies elsewhere.
-    variants = ["flash", "flash+checkpoint" if name == "dit" else "flash+checkpoint+8bit"]
+    variants = ["flash", "flash+checkpoint" if name in ("dit", "pixart") else "flash+checkpoint+8bit"]
     if "mamba" in name:
         variants = ["checkpoint"]
     if name in ("retnet", "rwkv4", "rwkv7"):
@@ -222,7 +232,7 @@ def test_errors_are_one_line_that_helps(tmp_path):
     gpt2 = request_of(SMALL["gpt2"][0], ["flash"])
     unknown = gpt2 | {"model": gpt2["model"] | {"kind": "gpt3"}}
     for request, words, environment in (
-        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, dit"), {}),
+        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, dit, pixart"), {}),
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),

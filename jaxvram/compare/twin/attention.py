@@ -17,6 +17,7 @@ def _routed(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     if torch.is_autocast_enabled("cuda"):  # it casts the composite operation, which is passed over here
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (x.to(dtype) for x in (query, key, value))
+        attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     aten, width = torch.ops.aten, query.shape[-1]
     scale = width**-0.5 if scale is None else scale
     if attn_mask is None and query.dtype != torch.float32:

@@ -12,7 +12,7 @@ import mixtures
 import recurrent
 import ternary
 import torch
-from requested import NO_FLASH
+from requested import NO_FLASH, OF_IMAGES
 
 
 @dataclasses.dataclass
@@ -44,10 +44,10 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
       fake: under FakeTensorMode, where nothing has a value.
     """
     kind = model["kind"]
-    if kind == "dit":
-        from images import dit
+    if kind in OF_IMAGES:
+        import images
 
-        twin = dit(model, variant, device)
+        twin = getattr(images, kind)(model, variant, device)
     elif kind == "retnet":
         twin = _retnet(model, device)
     else:
@@ -65,7 +65,7 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
 
 
 def _checkpoint(kind: str, model) -> None:
-    if kind == "dit":
+    if kind in OF_IMAGES:
         model.enable_gradient_checkpointing()  # diffusers' does not re-enter
     elif kind == "retnet":
         recurrent.checkpoint_layers(model)

@@ -5,6 +5,7 @@ import importlib
 import attention
 import torch
 import training
+from requested import OF_IMAGES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracker import Tracker
 
@@ -46,7 +47,7 @@ def plan(request, variant) -> tuple[dict, dict]:
     if request.device == "cuda":
         attention.route()
     kind = request.model["kind"]
-    if kind not in ("dit", "retnet"):  # of transformers
+    if kind not in (*OF_IMAGES, "retnet"):  # of transformers
         unpacked()
     if kind in STOOD_IN:
         importlib.import_module(STOOD_IN[kind]).route(request.model)

@@ -5,7 +5,8 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit")
+KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit", "pixart")
+OF_IMAGES = ("dit", "pixart")  # of diffusers
 WAYS = ("planned", "measured")
 
 
