@@ -40,6 +40,14 @@ def shapes(base: int, step: int) -> list[tuple[int, int]]:
     return sorted(((H, W) for H in side for W in side if fits(H, W)), key=lambda shape: shape[0] / shape[1])
 
 
+def shape_at(base: int, aspect: float, multiple: int = 1) -> tuple[int, int]:
+    """The shape nearest to this aspect, its sides multiples of `multiple`."""
+    if aspect == 1:
+        return base, base
+    of = shapes(base, step_of(base, multiple))
+    return of[nearest(of, [aspect])[0]]
+
+
 def nearest(of: list[tuple[int, int]], aspects_N) -> np.ndarray:
     """Which of these shapes each aspect is nearest to, int64 (N,)."""
     return _distances(of, aspects_N).argmin(1)
