@@ -15,7 +15,7 @@ MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare
 
 WITHOUT_RECIPE = {  # modes that read none -> the flags that they read
     "prepare": "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
-    "for images --autoencoder, --image_size",
+    "for images --autoencoder, --image_size, --text_encoder, --context_length, --count, --held_out_pairs",
     "build": "--input=EXPERTS.toml and --out=DIR",
     "kernels": "--card; its shapes are fixed",
     "plan": "of encoders --autoencoder, --image_size, --text_encoder, --context_length; --card, --workdir",
@@ -38,8 +38,9 @@ USAGE = """python launch.py --config=configs/NAME.py[:VARIANT] [--mode=train] [-
                   of a BitNet --storage=latent|2bit, or a file for llama.cpp (--out=FILE.gguf --storage=tq2_0|tq1_0)
   --mode=kernels  our kernels on --card: registers, spills, shared memory, and the least time its peaks allow
   --mode=build    dense Llamas to the experts of a mixture (--input=EXPERTS.toml --out=DIR; docs/moe.md)
-  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR) or a binidx pair, or a folder of images to latents
-                  (--autoencoder=random, --image_size=256 as well)
+  --mode=prepare  texts to token shards (--input=FILE_OR_FOLDER --out=DIR) or a binidx pair, or pictures to latents
+                  (--input=FOLDER|shapes|emoji --autoencoder=random|FOLDER --image_size=256) and captions to features
+                  (--text_encoder=FOLDER as well; docs/text_to_image.md)
 """
 
 
@@ -160,6 +161,8 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     text("text_encoder", None, "For prepare, and to plan it: the folder of what turns captions into features.")
     number("context_length", None, "For prepare, and to plan it: tokens of a caption; default: the text encoder's own.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
+    number("count", None, "For prepare of shapes: how many are drawn; default 20,000.")
+    number("held_out_pairs", None, "For prepare of shapes: pairs of colour and shape that no training picture shows.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")
     text("torch_python", None, "For compare: another Python, which has PyTorch; default: this one.")

@@ -177,11 +177,21 @@ def prepare(options) -> int:
 
 def _prepare_latents(options) -> int:
     from jaxvram.data.autoencoders import load_autoencoder
-    from jaxvram.data.latents import prepare_latents
+    from jaxvram.data.features import prepare_features
+    from jaxvram.data.prepare_images import prepare_latents
+    from jaxvram.data.text_encoders import load_text_encoder
 
-    done = prepare_latents(options.input, options.out, load_autoencoder(options.autoencoder), options.image_size)
+    encoder = None  # loaded first: its errors are cheaper than the first pass
+    if options.text_encoder:
+        encoder = load_text_encoder(options.text_encoder, options.context_length)
+    of = {"count": options.count or 0, "held_out_pairs": options.held_out_pairs or 0}
+    autoencoder = load_autoencoder(options.autoencoder)
+    done = prepare_latents(options.input, options.out, autoencoder, options.image_size, **of)
     for line in done.skipped:
         _say(f"skipped {line}")
+    if encoder:
+        where = str(pathlib.Path(options.text_encoder).expanduser().resolve())
+        prepare_features(options.out, encoder, where, options.context_length)
     path = f"--config.data.name=latents --config.data.path={options.out}"
     print(f"{done.images} images in {done.shards} shard(s), {len(done.skipped)} skipped; train on them with {path}")
     return 0

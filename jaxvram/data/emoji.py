@@ -25,7 +25,7 @@ BITMAP = 109  # the one size of fonts that hold bitmaps, such as Noto Color Emoj
 
 def load_emoji(cfg: ImageDataConfig, seed: int) -> ArraySource:
     """The source of data.name=emoji. UserError: no colour font is installed, or the one named is none."""
-    file = _font_file(cfg.font)
+    file = font_file(cfg.font)
     images_NxHxWx3, names = drawn(file, cfg.image_size)
     labels_N = np.zeros(len(names), np.int32)
     order = hold_out(labels_N, cfg.val_fraction)
@@ -33,7 +33,7 @@ def load_emoji(cfg: ImageDataConfig, seed: int) -> ArraySource:
     return ArraySource(parts, images_NxHxWx3.shape[1:], (), cfg, seed, f"emoji of {file.name}")
 
 
-def _font_file(asked: str) -> Path:
+def font_file(asked: str) -> Path:
     if asked:
         file = Path(asked).expanduser()
         if not file.is_file():

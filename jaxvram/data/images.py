@@ -155,7 +155,7 @@ class ArraySource:
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         number_B = n * batch_size + np.arange(batch_size)[rows]
-        index_B = example_indices("shuffled", self._seed, split, n, batch_size, rows, len(self._parts[split]))
+        index_B = self._index(split, n, batch_size, rows)
         flip_B = np.zeros(len(index_B), bool)
         if self._flip and split == "train":
             flip_B = uniforms(self._seed, split, number_B, 1)[:, 0] < 0.5
@@ -164,8 +164,10 @@ class ArraySource:
 
     def captions(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> list[str]:
         """Of the batch of the same arguments, where `has_captions`."""
-        index_B = example_indices("shuffled", self._seed, split, n, batch_size, rows, len(self._parts[split]))
-        return self._parts[split].captions(index_B)
+        return self._parts[split].captions(self._index(split, n, batch_size, rows))
+
+    def _index(self, split: str, n: int, batch_size: int, rows: slice) -> np.ndarray:
+        return example_indices("shuffled", self._seed, split, n, batch_size, rows, len(self._parts[split]))
 
     def train_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         return self._first("train", limit)

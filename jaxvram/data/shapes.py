@@ -63,6 +63,15 @@ class ShapesSource:
         """The cells of the same batch's shapes: places in POSITIONS, int32 (B,)."""
         return _drawn(self._seed, split, n * batch_size + np.arange(batch_size)[rows], self._held_out)["position"]
 
+    def examples(self, split: str, number_N: np.ndarray) -> np.ndarray:
+        """Pictures of these numbers, as batches have them."""
+        return self._draw(self._seed, split, number_N)["images"]
+
+    def labels(self, split: str, count: int) -> np.ndarray:
+        """Classes of the first examples, which are not drawn for it."""
+        drawn = _drawn(self._seed, split, np.arange(count), self._held_out)
+        return drawn["colour"] * len(SHAPES) + drawn["shape"]
+
     def unseen(self, count: int) -> tuple[list[str], np.ndarray]:
         """(captions, labels): the pairs of colour and shape that are held out, in turn, at positions in turn."""
         return unseen(self._held_out, count)

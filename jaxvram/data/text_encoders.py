@@ -69,6 +69,10 @@ class TextEncoder:
             out_NxSxE[rows] = context_BxSxE
         return out_NxSxE, length_N
 
+    def check(self, captions: list[str]) -> None:
+        """Raises the UserError that `encode` would for one that is too long."""
+        self._tokens.encode(captions)
+
     def _fingerprint(self) -> str:
         """Of its sizes, its tokenizer and some rows of every tensor: reading all of T5-XXL would take half a minute."""
         digest = hashlib.sha256(repr((self._cfg, self._tokens.identity)).encode())

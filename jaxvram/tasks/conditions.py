@@ -110,10 +110,18 @@ class Texts:
         self.cfg, self.source, self.sample = cfg, source, sample
         if sample.classes:
             raise UserError("sample.classes is for models of classes; this one reads text: set sample.prompt")
-        if source is not None and not hasattr(source, "null"):
+        if source is not None:
+            self._check(source)
+
+    def _check(self, source) -> None:
+        if not hasattr(source, "null"):
+            how = "--mode=prepare --text_encoder=... makes features of captions, which data.name=latents reads"
+            raise UserError(f"the model reads features of texts (model.context_dim), and the data have none: {how}")
+        if "context" in source.null and source.null["context"].shape != (self.cfg.context_length, self.cfg.context_dim):
+            S, E = source.null["context"].shape
             raise UserError(
-                "the model reads text (model.context_dim) and the data have no captions: set data.captions, or read what "
-                "--mode=prepare made of images with captions"
+                f"the data's text encoder gives {S} tokens of {E} numbers, the model reads {self.cfg.context_length} of "
+                f"{self.cfg.context_dim}: set model.context_length={S} model.context_dim={E}"
             )
 
     def spec(self, batch_size: int) -> dict:

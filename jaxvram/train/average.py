@@ -79,7 +79,7 @@ class HostAverage(CardAverage):
         self._skipped = 0  # steps skipped so far, as of the last update
 
     def begin(self, state):
-        tree = _fetch(state.params) if state.ema is None else jax.tree.map(lambda x: np.asarray(x, np.float32), state.ema)
+        tree = _in_fp32(jax.device_get(state.params) if state.ema is None else state.ema)
         self._tree = self._worker.submit(lambda: tree)
         self._skipped = int(state.guard.skipped)
         return state.replace(ema=None)
@@ -88,12 +88,13 @@ class HostAverage(CardAverage):
         every = self._cfg.ema_every
         if step % every:
             return
-        self._tree.result()  # else a third copy of the weights would wait here
+        self._tree.result()  # else copies of the weights would queue up
         skipped = int(state.guard.skipped)  # waits for the step
         bad, self._skipped = skipped > self._skipped, skipped
         if bad and every == 1:  # as on the card
             return
-        before, params = self._tree, _fetch(state.params)
+        # Now, since the next step takes over the weights' memory; on a CPU it leaves that to us and takes other.
+        before, params = self._tree, jax.device_get(state.params)
         move = share(self._cfg.ema_decay, every, step - 1, np)
         self._tree = self._worker.submit(lambda: _moved(before.result(), params, move))
 
@@ -107,21 +108,15 @@ class HostAverage(CardAverage):
         return join(jax.tree.map(jax.device_put, self._tree.result(), self._homes), state.frozen)
 
 
-def _fetch(params):
-    """A copy in the host's memory, in fp32."""
-
-    def own(fetched, x):
-        is_view = next(iter(x.devices())).platform == "cpu"  # of memory that the next step takes over
-        return np.array(fetched, np.float32) if is_view else fetched.astype(np.float32, copy=False)
-
-    return jax.tree.map(own, jax.device_get(params), params)
+def _in_fp32(tree):
+    return jax.tree.map(lambda x: x.astype(np.float32, copy=False), tree)
 
 
 def _moved(average, params, move):
-    """New arrays, leaf by leaf, so that no more than one of them is there twice."""
+    """New arrays: while they are made the host holds 12 bytes a parameter, the average before and after and the weights."""
 
     def one(e, p):
-        new = p - e
+        new = p.astype(np.float32, copy=False) - e
         new *= move
         new += e
         return new

@@ -43,7 +43,7 @@ def of_font():
 
 def test_emoji_have_their_unicode_names(of_font):
     batch, captions = of_font.batch("train", 0, 4), of_font.captions("train", 0, 4)
-    pictures, names = emoji.drawn(emoji._font_file(""), 16)
+    pictures, names = emoji.drawn(emoji.font_file(""), 16)
     assert len(names) == len(set(names)) > 900 and "red apple" in names and "grinning face" in names
     for image, caption in zip(of_font.to_pixels(batch["images"]), captions, strict=True):
         assert (pictures[names.index(caption)] == image).all()

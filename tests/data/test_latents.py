@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvram.data import latents
+from jaxvram.data import autoencoders
 from jaxvram.data.autoencoders import RandomAutoencoder
 from jaxvram.data.images import ImageDataConfig, load, to_float, to_uint8
-from jaxvram.data.latents import prepare_latents
+from jaxvram.data.prepare_images import prepare_latents
 from jaxvram.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -270,11 +270,10 @@ def test_latents_of_another_autoencoder(cache, folder, tmp_path, monkeypatch):
         UserError, match=r"of the autoencoder 'other' \(fingerprint abc\), but .* asks for 'random' \(fing"
     ):
         source(tmp_path / "out", autoencoder="random")
-    with pytest.raises(UserError, match=r"data\.autoencoder='randm' is unknown; did you mean 'random'"):
+    with pytest.raises(UserError, match="the autoencoder 'randm' is unknown, and no folder; did you mean 'random'"):
         source(cache, autoencoder="randm")
-    monkeypatch.setattr(
-        latents, "AUTOENCODERS", {"random": lambda: RandomAutoencoder(seed=5)}
-    )  # same name, other numbers
+    other_numbers = {"random": lambda: RandomAutoencoder(seed=5)}  # of the same name
+    monkeypatch.setattr(autoencoders, "AUTOENCODERS", other_numbers)
     with pytest.raises(UserError, match="holds latents of the autoencoder 'random'"):
         source(cache, autoencoder="random")
     assert "not at hand" in source(cache).description
@@ -285,7 +284,7 @@ def test_no_cache(folder, cache, tmp_path):
         source(folder)
     meta = json.loads((cache / "meta.json").read_text())
     for changed, message in (
-        ({"version": 2}, "of version 2"),
+        ({"version": 1}, "of version 1"),
         ({"shards": 3}, "damaged"),
         ({"autoencoder": 0}, "damaged"),
     ):

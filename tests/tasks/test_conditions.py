@@ -158,8 +158,13 @@ def test_what_does_not_go_together(model, sample, message):
 
 def test_data_without_captions():
     source = type("Bare", (), {"shape": (2, 2, 1), "num_classes": 0})()
-    with pytest.raises(UserError, match="the data have no captions"):
+    with pytest.raises(UserError, match=r"reads features of texts .*, and the data have none: --mode=prepare"):
         task_of(source=source)
+
+
+def test_data_of_another_text_encoder():
+    with pytest.raises(UserError, match=r"gives 3 tokens of 2 .* set model.context_length=3 model.context_dim=2"):
+        task_of(reader(context_dim=4))
 
 
 def test_scores_of_what_is_held_out():

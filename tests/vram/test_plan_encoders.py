@@ -17,6 +17,12 @@ CLIP_L = {
     "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
 }  # fmt: skip
 
+AUTOENCODER = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
+    "latent_channels": 4, "in_channels": 3, "out_channels": 3, "scaling_factor": 0.5,
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+}  # fmt: skip
+
 
 def folder_of(folder, config):
     folder.mkdir(parents=True)
@@ -24,6 +30,7 @@ def folder_of(folder, config):
     return folder
 
 
+@pytest.mark.slow
 def test_t5_xxl_fits_layer_by_layer(rtx4070, tmp_path):
     """As a whole it would take 8.9 GiB: a layer's program carries two layers' weights, 0.36 GiB each, and no more."""
     found = text_encoder.find(folder_of(tmp_path / "text_encoder", XXL).parent)
@@ -35,11 +42,15 @@ def test_t5_xxl_fits_layer_by_layer(rtx4070, tmp_path):
     assert made["tokens"]["fits"] and 2 * 32128 * 4096 < made["tokens"]["peak_bytes"] < 0.4 * 2**30
 
 
+@pytest.mark.slow
 def test_the_command(rtx4070, tmp_path, capsys):
-    folder = folder_of(tmp_path / "clip", CLIP_L)
-    assert main.main(["", "--mode=plan", f"--text_encoder={folder}", "--card=rtx4070", f"--workdir={tmp_path / 'run'}"]) == 0
+    clip, autoencoder = folder_of(tmp_path / "clip", CLIP_L), folder_of(tmp_path / "autoencoder", AUTOENCODER)
+    encoders = [f"--text_encoder={clip}", f"--autoencoder={autoencoder}"]
+    flags = ["--image_size=16", "--card=rtx4070", f"--workdir={tmp_path / 'run'}"]
+    assert main.main(["", "--mode=plan", *encoders, *flags]) == 0
     said = capsys.readouterr().out
-    assert "captions" in said and "FITS" in said and (tmp_path / "run" / "plan.png").is_file()
+    assert all(f"\n{name}" in said for name in ("encode", "decode", "captions")) and said.count("FITS") == 3
+    assert (tmp_path / "run" / "plan.png").is_file()
     weights = json.loads((tmp_path / "run" / "plan.json").read_text())["captions"]["argument_bytes"]
     assert 4 * 123_060_480 < weights < 4 * 123_060_480 + 2**20
 
