@@ -1,7 +1,8 @@
 """Diffusion: what a denoiser learns, what is measured, and the images it shows. One task for every denoiser.
 
 A denoiser is a Linen module `model(x_BxHxWxC, t_B, condition) -> (B, H, W, C or 2 C)` with `cfg.image_size`, `.channels`,
-`.num_classes`, `.learn_sigma`, and `.any_aspect` if H and W may differ from image_size; the condition is labels_B, a text (tasks/conditions.py), or None.
+`.num_classes`, `.learn_sigma`, and `.any_aspect` where H and W may differ from image_size; the condition is labels_B, a
+text (tasks/conditions.py), or None.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from diffusion_tasks import Stub
 from PIL import Image
-from test_conditions import E, S, Captioned, task_of
+from test_conditions import Captioned, E, S, task_of
 
 from jaxvram.data.buckets import shapes, step_of
 from jaxvram.errors import UserError
