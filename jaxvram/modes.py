@@ -185,6 +185,7 @@ def _prepare_latents(options) -> int:
     if options.text_encoder:
         encoder = load_text_encoder(options.text_encoder, options.context_length)
     of = {"count": options.count or 0, "held_out_pairs": options.held_out_pairs or 0}
+    of |= {"held_out_captions": options.held_out_captions or 0}
     autoencoder = load_autoencoder(options.autoencoder)
     done = prepare_latents(options.input, options.out, autoencoder, options.image_size, **of)
     for line in done.skipped:

@@ -40,18 +40,20 @@ class Pictures:
         return 1 if self.captions is not None else 2
 
 
-def find(source: str, image_size: int, count: int = 0, held_out_pairs: int = 0, font: str = "") -> Pictures:
+def find(
+    source: str, image_size: int, count: int = 0, held_out_pairs: int = 0, held_out_captions: int = 0, font: str = ""
+) -> Pictures:  # fmt: skip
     """The pictures of a folder, or `count` shapes, or all emoji.
 
     Raises:
       UserError: no pictures, captions that are missing, empty or damaged, or an option that means nothing to `source`.
     """
-    if held_out_pairs and source != "shapes":
-        raise UserError("--held_out_pairs is for --input=shapes")
+    if (held_out_pairs or held_out_captions) and source != "shapes":
+        raise UserError("--held_out_pairs and --held_out_captions are for --input=shapes")
     if count and source != "shapes":
         raise UserError("--count is for --input=shapes, which are drawn without end")
     if source == "shapes":
-        return _shapes(image_size, count or 20_000, held_out_pairs)
+        return _shapes(image_size, count or 20_000, held_out_pairs, held_out_captions)
     if source == "emoji":
         return _emoji(image_size, font)
     return _of_folder(listing(Path(source).expanduser(), image_size), image_size)
@@ -130,16 +132,17 @@ class _Drawn:
         return places, list(self._draw(places[0], len(places))) if places else []
 
 
-def _shapes(size: int, count: int, held_out_pairs: int) -> Pictures:
-    """Nine tenths of them for training, without the pairs held out; the last tenth shows all pairs."""
-    from jaxvram.data.shapes import ShapesSource
+def _shapes(size: int, count: int, pairs: int, captions: int) -> Pictures:
+    """Nine tenths of them for training, without what is held out; the last tenth shows all."""
+    from jaxvram.data.shapes import ShapesSource, held_out
 
-    of, train = ShapesSource(size, 0, held_out_pairs), count - count // 10
+    without = held_out(pairs, captions)
+    of, train = ShapesSource(size, 0, without), count - count // 10
     if train == count:
         raise UserError(f"--count={count} is too few: take 10 or more")
     # A batch of one is example n of its split.
     parts = [("train", 0, train), ("val", train, count - train)]
-    captions = [c for split, _, n in parts for c in of.captions(split, 0, n)]
+    texts = [c for split, _, n in parts for c in of.captions(split, 0, n)]
     labels = [of.labels(split, n) for split, _, n in parts]
 
     def draw(first: int, number: int):
@@ -150,9 +153,9 @@ def _shapes(size: int, count: int, held_out_pairs: int) -> Pictures:
             ]
         )
 
-    made = {"name": "shapes", "held_out_pairs": held_out_pairs}
+    made = {"name": "shapes", "held_out": list(without)}
     return Pictures(
-        f"{count:,} shapes", np.concatenate(labels), of.class_names, captions, train, f"shapes {count} {held_out_pairs}",
+        f"{count:,} shapes", np.concatenate(labels), of.class_names, texts, train, f"shapes {count} {without}",
         lambda start, ahead: _Drawn(draw, count, start), made=made,
     )  # fmt: skip
 
