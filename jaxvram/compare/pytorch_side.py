@@ -14,7 +14,7 @@ INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers pef
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
 NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "autoencoder")  # none that flash kernels take
-TWINS = ("gpt2", "llama", "bitnet", "moe", *NO_ATTENTION, "dit", "pixart")  # of which a library that installs has PyTorch's
+TWINS = ("gpt2", "llama", "bitnet", "moe", *NO_ATTENTION, "dit", "pixart", "unet")  # those that a library has
 MIXTRAL = {  # transformers' mixture, in our fields
     "router": "softmax", "renormalise": True, "n_shared_expert": 0, "balance_per_sequence": False, "balance_offsets": False,
     "capacity_factor": 0, "sandwich_norm": False, "attention_soft_cap": 0, "scale_embedding": False,

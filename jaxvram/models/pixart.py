@@ -41,6 +41,7 @@ class PixArtConfig(DiTConfig):
     """DiT's fields, without classes; XL/2 unless said otherwise. image_size: H = W that positions are counted by."""
 
     num_classes: ClassVar[int] = 0
+    any_aspect: ClassVar[bool] = True  # images need not be square
     n_layer: int = 28  # L
     n_head: int = 16  # H
     n_embd: int = 1152  # D

@@ -32,6 +32,7 @@ class DiffusionSampleConfig:
     prompt: str = ""  # of models that read text; several are separated by |; empty: captions of held-out images
     negative_prompt: str = ""  # what guidance leads away from; empty: the empty text
     init_image: str = ""  # a picture to start from instead of noise (SDEdit: Meng et al. 2021, arXiv:2108.01073)
+    aspect: float = 1.0  # height / width, of models that take any; the nearest shape as large as the model's square
     strength: float = 0.75  # of the noise laid over it, as a share of the steps: 1 leaves nothing of it
     num_samples: int = 16
     batch_size: int = 64  # images at a time
@@ -45,6 +46,8 @@ class DiffusionSampleConfig:
                 raise UserError(f"sample.{field}={value!r} is unknown{nearest(value, valid)}")
         if min(self.steps, self.num_samples, self.batch_size) < 1 or min(self.guidance, self.eta) < 0:
             raise UserError("sample: steps, num_samples and batch_size must be at least 1, guidance and eta not negative")
+        if not 0.25 <= self.aspect <= 4:
+            raise UserError(f"sample.aspect={self.aspect} must lie between 0.25 and 4 (height / width)")
         if not 0 < self.strength <= 1:
             raise UserError(f"sample.strength={self.strength} must lie above 0 and be at most 1")
         if not 0 <= self.seed < 2**32:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvram.data.buckets import shape_at
 from jaxvram.errors import UserError, nearest
 
 BETWEEN_PROMPTS = "|"
@@ -37,6 +38,17 @@ def conditions(cfg, source, sample):
 
 def reads_text(cfg) -> bool:
     return getattr(cfg, "context_dim", 0) > 0
+
+
+def sample_shape_of(cfg, sample) -> tuple[int, int]:
+    """(H, W) of samples as the model sees them. UserError: another aspect than 1 for a model of squares."""
+    if sample.aspect != 1 and not takes_any_aspect(cfg):
+        raise UserError(f"sample.aspect={sample.aspect} is for models of any aspect (PixArt); this one draws squares: set 1")
+    return shape_at(cfg.image_size, sample.aspect, getattr(cfg, "patch_size", 1))
+
+
+def takes_any_aspect(cfg) -> bool:
+    return getattr(cfg, "any_aspect", False)
 
 
 class Classes:
@@ -175,13 +187,14 @@ class Texts:
         return self.of_prompts([prompts[i] for i in rows]), [prompts[i] for i in rows]
 
     def of_prompts(self, prompts: list[str]) -> dict:
-        """Conditions of these texts, each encoded once, of pictures as large as the model's."""
+        """Conditions of these texts, each encoded once, of pictures as large as they are drawn."""
         different = sorted(set(prompts))
         rows = np.array([different.index(prompt) for prompt in prompts])
         condition = {name: x[rows] for name, x in self._encoded(different).items()}
         if self._reads_sizes:
-            side = float(self.cfg.image_size * getattr(self.source, "downsample", 1))
-            condition |= {"size_Bx2": np.full((len(rows), 2), side, np.float32), "aspect_B": np.ones(len(rows), np.float32)}
+            H, W = sample_shape_of(self.cfg, self.sample)
+            size_2 = np.float32([H, W]) * getattr(self.source, "downsample", 1)
+            condition |= {"size_Bx2": np.tile(size_2, (len(rows), 1)), "aspect_B": np.full(len(rows), H / W, np.float32)}
         return condition
 
 

@@ -1,7 +1,8 @@
 """Diffusion: what a denoiser learns, what is measured, and the images it shows. One task for every denoiser.
 
 A denoiser is a Linen module `model(x_BxHxWxC, t_B, condition) -> (B, H, W, C or 2 C)` with `cfg.image_size`, `.channels`,
-`.num_classes`, `.learn_sigma`; the condition is labels_B, a text (tasks/conditions.py), or None.
+`.num_classes`, `.learn_sigma`, and `.any_aspect` where H and W may differ from image_size; the condition is labels_B, a
+text (tasks/conditions.py), or None.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxvram.finetune.adapted import adapted
 from jaxvram.sample import diffusion as samplers
 from jaxvram.sample.diffusion import DiffusionSampleConfig
 from jaxvram.sample.noise import Noise, over_image
-from jaxvram.tasks.conditions import conditions, reads_text
+from jaxvram.tasks.conditions import conditions, reads_text, sample_shape_of, takes_any_aspect
 from jaxvram.tasks.judge import Judge
 from jaxvram.tasks.samples import Samples, grid_png, npz, read_image
 from jaxvram.tasks.variational import bound_in_bits
@@ -92,6 +93,7 @@ class DiffusionTask:
         if sample.guidance != 1 and why:
             raise UserError(f"sample.guidance={sample.guidance} has nothing to measure from: {why}; set it to 1")
         samplers.check(self.noise, sample)
+        self.sample_shape = (*sample_shape_of(of_model, sample), of_model.channels)
         if source is not None:
             self._check_source(source)
         self._judge = None
@@ -103,11 +105,23 @@ class DiffusionTask:
             H, W, C = source.shape
             advice = f"set model.image_size={H} model.channels={C}" if H == W else "images must be square"
             raise UserError(f"the data are {H} x {W} with {C} channels, the model is for {shape}: {advice}")
+        self._check_aspects(source)
         if not reads_text(cfg) and cfg.num_classes not in (0, source.num_classes):
             raise UserError(
                 f"the data have {source.num_classes} classes, the model model.num_classes={cfg.num_classes}: set it to "
                 f"{source.num_classes}, or to 0 for a model that ignores classes"
             )
+
+    def _check_aspects(self, source) -> None:
+        """A source may have pictures of several `shapes`, each batch of one."""
+        cfg = self.model.cfg
+        others = [shape for shape in getattr(source, "shapes", ()) if shape[:2] != (cfg.image_size, cfg.image_size)]
+        if others and not takes_any_aspect(cfg):
+            H, W, _ = others[0]
+            raise UserError(f"the data hold pictures of {H} x {W}, and the model takes squares: prepare without --aspects")
+        if odd := [shape for shape in others if any(side % cfg.patch_size for side in shape[:2])]:
+            H, W, _ = odd[0]
+            raise UserError(f"the data hold pictures of {H} x {W}, no multiple of model.patch_size={cfg.patch_size}")
 
     @property
     def data_identity(self) -> dict:
@@ -115,6 +129,7 @@ class DiffusionTask:
         return self.source.identity
 
     def batch_spec(self, batch_size: int):
+        """Of squares; pictures of other aspects are no larger (data/buckets.py)."""
         cfg = self.model.cfg
         images = jax.ShapeDtypeStruct((batch_size, cfg.image_size, cfg.image_size, cfg.channels), jnp.float32)
         return {"images": images} | self.conditions.spec(batch_size)
@@ -220,8 +235,8 @@ class DiffusionTask:
     def draw(self, params, condition, key, init_1xHxWxC=None):
         """Images under this condition, as the model sees images; jit it. `init`: what to start from, if not from noise."""
         noise_key, key = jax.random.split(key)
-        cfg, B = self.model.cfg, jax.tree.leaves(condition)[0].shape[0]
-        x_BxHxWxC = jax.random.normal(noise_key, (B, cfg.image_size, cfg.image_size, cfg.channels))
+        B = jax.tree.leaves(condition)[0].shape[0]
+        x_BxHxWxC = jax.random.normal(noise_key, (B, *self.sample_shape))
         denoise = self.denoiser(params, condition)
         return samplers.sample(denoise, self.noise, x_BxHxWxC, key, self.sample, init_1xHxWxC)
 
@@ -261,7 +276,8 @@ class DiffusionTask:
         """(1, H, W, C) as the model sees images, or None."""
         if not self.sample.init_image:
             return None
-        H, W = self.source.pixel_size
+        (H, W), (of_H, of_W, _) = self.source.pixel_size, self.source.shape
+        H, W = H * self.sample_shape[0] // of_H, W * self.sample_shape[1] // of_W
         return self.source.from_pixels(read_image(self.sample.init_image, H, W)[None])
 
     def show(self, params) -> Samples:

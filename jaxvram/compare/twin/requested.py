@@ -5,8 +5,8 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit", "pixart", "autoencoder")
-OF_IMAGES = ("dit", "pixart", "autoencoder")  # of diffusers
+OF_IMAGES = ("dit", "pixart", "unet", "autoencoder")  # of diffusers
+KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", *OF_IMAGES)
 WAYS = ("planned", "measured")
 
 
