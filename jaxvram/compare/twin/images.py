@@ -1,4 +1,4 @@
-"""diffusers' DiT and PixArt with the papers' loss: the error of the noise, and the bound of the learned variance."""
+"""diffusers' DiT, PixArt and U-Nets with the papers' loss: the error of the noise, and the bound of the learned variance."""
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,49 @@ def pixart(f: dict, variant, device: str) -> Twin:
         context = b["context"].to(getattr(torch, f["dtype"]))
         predict = lambda noisy: model(noisy, context, b["steps"], told, encoder_attention_mask=b["mask"]).sample
         return hybrid_loss(predict, betas, b, f["learn_sigma"])
+
+    return Twin(model, loss, batch, held=[betas])
+
+
+def unet(f: dict, variant, device: str) -> Twin:
+    """UNet2DConditionModel where there is a text, all of whose tokens count; else UNet2DModel."""
+    import diffusers
+
+    if f["text_layers"]:
+        raise Refused("diffusers' U-Nets have no text encoder that trains with them")
+    text = f["context_dim"]
+    sizes = [f["width"] * m for m in f["multipliers"]]
+    heads = [f["heads"] or D // (f["head_dim"] or D) for D in sizes]
+    attends = [level in f["attention_levels"] for level in range(len(sizes))]
+    mark = "CrossAttn" if text else "Attn"
+    blocks = lambda way, levels: tuple(f"{mark if has else ''}{way}Block2D" for has in levels)
+    with made_in(f["param_dtype"], device):
+        model = (diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel)(
+            sample_size=f["image_size"], in_channels=f["channels"],
+            out_channels=f["channels"] * (2 if f["learn_sigma"] else 1), block_out_channels=tuple(sizes),
+            layers_per_block=f["res_blocks"], down_block_types=blocks("Down", attends),
+            up_block_types=blocks("Up", attends[::-1]), norm_num_groups=f["groups"], dropout=f["dropout"],
+            # the number of heads of the one, in spite of its name, and their size of the other
+            attention_head_dim=tuple(heads) if text else sizes[-1] // heads[-1],
+            num_class_embeds=f["num_classes"] + 1 if f["num_classes"] else None,
+            **({"cross_attention_dim": text} if text else {}),
+        )  # fmt: skip
+    _without_flash(model, variant)
+    betas = torch.linspace(1e-4, 0.02, STEPS, device=device)
+
+    def batch(rows: int) -> dict:
+        told = {}
+        if text:
+            told["context"] = torch.randn((rows, f["context_length"], text), dtype=torch.float16, device=device)
+            told["mask"] = torch.ones((rows, f["context_length"]), device=device)
+        elif f["num_classes"]:
+            told["labels"] = torch.randint(0, f["num_classes"], (rows,), device=device)
+        return _noisy(f, rows, device) | told
+
+    def loss(b):
+        given = [b["context"].to(getattr(torch, f["dtype"]))] if text else [b.get("labels")]
+        mask = {"encoder_attention_mask": b["mask"]} if text else {}
+        return hybrid_loss(lambda noisy: model(noisy, b["steps"], *given, **mask).sample, betas, b, f["learn_sigma"])
 
     return Twin(model, loss, batch, held=[betas])
 

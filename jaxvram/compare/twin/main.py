@@ -33,7 +33,8 @@ LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "diffusers", "accelerate", "mamba-ssm", "causal-conv1d", "torchscale",
     "rwkv7-hf",
 )  # fmt: skip
-OF_KIND = {"dit": ("diffusers",), "pixart": ("diffusers",), "retnet": ("torchscale",), "rwkv7": ("transformers", "rwkv7-hf")}
+OF_KIND = dict.fromkeys(requested.OF_IMAGES, ("diffusers",))
+OF_KIND |= {"retnet": ("torchscale",), "rwkv7": ("transformers", "rwkv7-hf")}
 
 
 def main() -> int:

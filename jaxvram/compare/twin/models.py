@@ -45,9 +45,10 @@ def build(model: dict, finetune: dict | None, variant, device: str, fake: bool) 
     """
     kind = model["kind"]
     if kind in OF_IMAGES:
+        import autoencoders
         import images
 
-        twin = getattr(images, kind)(model, variant, device)
+        twin = getattr(autoencoders if kind == "autoencoder" else images, kind)(model, variant, device)
     elif kind == "retnet":
         twin = _retnet(model, device)
     else:

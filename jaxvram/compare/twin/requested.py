@@ -5,8 +5,8 @@ import os
 
 from problems import Refused, TwinError
 
-KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "dit", "pixart")
-OF_IMAGES = ("dit", "pixart")  # of diffusers
+OF_IMAGES = ("dit", "pixart", "unet", "autoencoder")  # of diffusers
+KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", *OF_IMAGES)
 WAYS = ("planned", "measured")
 
 
@@ -24,13 +24,13 @@ VARIANTS = {
     "flash": Variant(flash=True),
     "flash+checkpoint": Variant(flash=True, checkpoint=True),
     "flash+checkpoint+8bit": Variant(flash=True, checkpoint=True, eight_bit=True),
-    "checkpoint": Variant(checkpoint=True),  # these two are for models that have no attention
+    "checkpoint": Variant(checkpoint=True),  # these two are for models without attention that flash kernels take
     "checkpoint+8bit": Variant(checkpoint=True, eight_bit=True),
     "compile": Variant(flash=True, compiled=True),
 }
 NO_FLASH = {  # model.kind -> variants that it has in place of those with flash attention
     kind: {"flash": "eager", "flash+checkpoint": "checkpoint", "flash+checkpoint+8bit": "checkpoint+8bit"}
-    for kind in ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7")
+    for kind in ("mamba", "mamba2", "retnet", "rwkv4", "rwkv7", "autoencoder")
 }
 
 
@@ -95,7 +95,7 @@ def check_variant(request: Request, name: str) -> None:
     """Raises Refused for a variant that this model does not have, or this way cannot tell of."""
     kind = request.model["kind"]
     if name in NO_FLASH.get(kind, {}):
-        raise Refused(f"{kind} has no attention: see {NO_FLASH[kind][name]}")
+        raise Refused(f"{kind} has no attention that flash kernels take: see {NO_FLASH[kind][name]}")
     if name == "compile" and request.way == "planned":
         raise Refused("what torch.compile keeps is known only to its compiler, which needs the card: measure it")
     if name == "compile" and os.environ.get("TORCHDYNAMO_DISABLE", "0") != "0":
