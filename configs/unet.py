@@ -33,7 +33,12 @@ def get_config(variant="auto"):
         task=DiffusionConfig(label_dropout=0.0),
         data=ImageDataConfig(name="folder", image_size=64, flip=True),
         optimizer=OptimizerConfig(
-            learning_rate=1e-4, schedule="cosine", warmup_steps=500, b1=0.95, b2=0.999, clip_norm=1.0,
+            learning_rate=1e-4,
+            schedule="cosine",
+            warmup_steps=500,
+            b1=0.95,
+            b2=0.999,
+            clip_norm=1.0,
             groups={"all": ParamGroup(r".*", weight_decay=1e-6)},
         ),
         train=TrainConfig(steps=50_000, batch_size=64, ema_decay=0.9999, log_every=50),
