@@ -121,21 +121,33 @@ def test_captions_and_pictures_are_in_the_stamp(bare):
     assert len({stamp, changed, pictures.find(str(bare), 16).stamp}) == 3
 
 
+def unlink(*numbers):
+    return lambda at: [(at / f"{i}.txt").unlink() for i in numbers]
+
+
+def lists(*entries):
+    return lambda at: metadata(at / "metadata.jsonl", entries)
+
+
+def writes(name, content):
+    return lambda at: (at / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda at: (at / "1.txt").unlink(), r"1 of 4 pictures in .* have no caption \(1.png\): write a .txt of the same"),
-        (lambda at: [(at / f"{i}.txt").unlink() for i in (0, 1, 3)], r"3 of 4 .* have no caption \(0.png, 1.png, 3.png\)"),
+        (unlink(1), r"1 of 4 pictures in .* have no caption \(1.png\): write a .txt of the same name beside each"),
+        (unlink(0, 1, 3), r"3 of 4 .* have no caption \(0.png, 1.png, 3.png\)"),
         (lambda at: [(at / f"{i}.txt").write_text(" \n") for i in range(4)],
          r"4 of 4 .* have an empty caption \(0.png, 1.png, 2.png, \.\.\.\): write a .txt"),
-        (lambda at: (at / "2.txt").write_bytes(b"caf\xe9 au lait"), r"2.txt is not UTF-8: .* at byte 3"),
-        (lambda at: metadata(at / "metadata.jsonl", [{"file_name": "0.png", "text": "a"}, {"file_name": "2.png", "text": ""}]),
+        (writes("2.txt", b"caf\xe9 au lait"), r"2.txt is not UTF-8: .* at byte 3"),
+        (lists({"file_name": "0.png", "text": "a"}, {"file_name": "2.png", "text": ""}),
          r"2 of 4 .* have no caption \(1.png, 3.png\): write a line in metadata.jsonl"),
-        (lambda at: (at / "metadata.jsonl").write_text('\n{"file_name": "0.png", '), r"metadata.jsonl, line 2 is no \{.*JSON"),
-        (lambda at: metadata(at / "metadata.jsonl", [{"file": "0.png", "text": "a"}]), r"line 1 is no .*KeyError\('file_name'"),
-        (lambda at: metadata(at / "metadata.jsonl", [["0.png", "a"]]), r"metadata.jsonl, line 1 is no "),
-        (lambda at: metadata(at / "metadata.jsonl", [{"file_name": "0.png", "text": None}]), "line 1 is no .*text is no string"),
-        (lambda at: (at / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}'), "metadata.jsonl is not UTF-8"),
+        (writes("metadata.jsonl", b'\n{"file_name": "0.png", '), r"metadata.jsonl, line 2 is no \{.*JSON"),
+        (lists({"file": "0.png", "text": "a"}), r"line 1 is no .*KeyError\('file_name'"),
+        (lists(["0.png", "a"]), r"metadata.jsonl, line 1 is no "),
+        (lists({"file_name": "0.png", "text": None}), r"line 1 is no .*text is no string"),
+        (writes("metadata.jsonl", b'{"file_name": "\xff"}'), r"metadata.jsonl is not UTF-8"),
     ],
 )  # fmt: skip
 def test_captions_that_will_not_do(bare, break_it, message):

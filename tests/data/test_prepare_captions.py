@@ -19,7 +19,8 @@ COUNT, SIZE, HELD_OUT = 60, 16, 4
 
 def prepare(out, source="shapes", image_size=SIZE, **settings):
     of = {"count": COUNT, "held_out_pairs": HELD_OUT} if source == "shapes" else {}
-    return prepare_latents(source, out, RandomAutoencoder(), image_size, **{"batch_size": 8, "shard_size": 25} | of | settings)
+    of |= {"batch_size": 8, "shard_size": 25} | settings
+    return prepare_latents(source, out, RandomAutoencoder(), image_size, **of)
 
 
 def source(cache, seed=0, tokens=0, **fields):
@@ -45,8 +46,8 @@ def test_what_lies_in_a_cache_of_shapes(cache):
     latents = np.concatenate([np.load(cache / f"latents_{i:06d}.npy") for i in range(3)])
     assert latents.shape == (COUNT, 1, 2, 2, 2, 4)  # none mirrored: a caption may say left
     of, train = shapes.ShapesSource(SIZE, 0, HELD_OUT), 54
-    said = [of.captions("train", 0, train), of.captions("val", 0, COUNT - train)]
-    assert [c for i in range(3) for c in json.loads((cache / f"captions_{i:06d}.json").read_text())] == sum(said, [])
+    said = [*of.captions("train", 0, train), *of.captions("val", 0, COUNT - train)]
+    assert [c for i in range(3) for c in json.loads((cache / f"captions_{i:06d}.json").read_text())] == said
     images = np.concatenate([of.examples("train", np.arange(train)), of.examples("val", np.arange(COUNT - train))])
     assert np.abs(latents[:, 0, 0] - RandomAutoencoder().encode(to_float(of.to_pixels(images)))[0]).max() < 0.003
     meta = json.loads((cache / "meta.json").read_text())
@@ -148,7 +149,11 @@ def test_killed_at_any_file_and_started_again(cache, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "differs"),
-    [({"held_out_pairs": 2}, "files_sha256, made"), ({"count": 70}, "files_sha256, files"), ({"image_size": 24}, "image_size")],
+    [
+        ({"held_out_pairs": 2}, "files_sha256, made"),
+        ({"count": 70}, "files_sha256, files"),
+        ({"image_size": 24}, "image_size"),
+    ],
 )
 def test_other_shapes_are_refused(cache, settings, differs):
     with pytest.raises(UserError, match=f"other images or settings \\({differs}"):
@@ -205,7 +210,7 @@ def test_tokens_of_a_cache(cache):
     for tokens, length, caption in zip(batch["tokens"], batch["length"], captions, strict=True):
         assert bytes(tokens[1 : length - 1].astype(np.uint8)).decode() == caption
     assert (batch["images"] == source(cache).batch("train", 1, 5)["images"]).all()
-    with pytest.raises(UserError, match="takes .* tokens, and the text encoder reads 20: shorten it"):
+    with pytest.raises(UserError, match=r"takes .* tokens, and the text encoder reads 20: shorten it"):
         source(cache, tokens=20).batch("train", 0, 50)
 
 
