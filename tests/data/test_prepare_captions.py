@@ -45,20 +45,20 @@ def test_what_lies_in_a_cache_of_shapes(cache):
     )  # fmt: skip
     latents = np.concatenate([np.load(cache / f"latents_{i:06d}.npy") for i in range(3)])
     assert latents.shape == (COUNT, 1, 2, 2, 2, 4)  # none mirrored: a caption may say left
-    of, train = shapes.ShapesSource(SIZE, 0, HELD_OUT), 54
+    of, train = shapes.ShapesSource(SIZE, 0, shapes.held_out(HELD_OUT, 0)), 54
     said = [*of.captions("train", 0, train), *of.captions("val", 0, COUNT - train)]
     assert [c for i in range(3) for c in json.loads((cache / f"captions_{i:06d}.json").read_text())] == said
     images = np.concatenate([of.examples("train", np.arange(train)), of.examples("val", np.arange(COUNT - train))])
     assert np.abs(latents[:, 0, 0] - RandomAutoencoder().encode(to_float(of.to_pixels(images)))[0]).max() < 0.003
     meta = json.loads((cache / "meta.json").read_text())
     assert meta["has_captions"] and meta["has_val"] and meta["flips"] == 1
-    assert meta["made"] == {"name": "shapes", "held_out_pairs": HELD_OUT}
+    assert meta["made"] == {"name": "shapes", "held_out": list(shapes.held_out(HELD_OUT, 0))}
     assert [shard["val"] for shard in meta["shards"]] == [0, 0, 6]
 
 
 def test_captions_belong_to_their_pictures(cache):
     """Of any batch and any rows: the latents are those of the very picture that the caption is of."""
-    of, drawn = source(cache, seed=3), shapes.ShapesSource(SIZE, 0, HELD_OUT)
+    of, drawn = source(cache, seed=3), shapes.ShapesSource(SIZE, 0, shapes.held_out(HELD_OUT, 0))
     assert of.has_captions and of.class_names == shapes.CLASS_NAMES
     for split, total in (("train", 54), ("val", 6)):
         means = RandomAutoencoder().encode(drawn.examples(split, np.arange(total)))[0] * of._scale
@@ -73,11 +73,11 @@ def test_captions_belong_to_their_pictures(cache):
 
 def test_pairs_held_out_are_in_no_training_picture(cache):
     of = source(cache)
-    held = set(shapes.held_out_labels(HELD_OUT))
+    held = {text // 9 for text in shapes.held_out(HELD_OUT, 0)}
     assert not held & set(of.train_images(99)[1]) and len(of.train_images(99)[1]) == 54 and len(of.val_images(99)[1]) == 6
     captions, labels = of.unseen(8)
     assert set(labels) == held and (captions, labels.tolist()) == (
-        shapes.ShapesSource(SIZE, 0, HELD_OUT).unseen(8)[0], [*sorted(held)] * 2
+        shapes.ShapesSource(SIZE, 0, shapes.held_out(HELD_OUT, 0)).unseen(8)[0], [*sorted(held)] * 2
     )  # fmt: skip
     shown = {caption for n in range(6) for caption in of.captions("train", n, 9)}
     assert not [c for c in shown for label in held if shapes.CLASS_NAMES[label] in c]
