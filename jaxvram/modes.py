@@ -184,11 +184,14 @@ def _prepare_latents(options) -> int:
     encoder = None  # loaded first: its errors are cheaper than the first pass
     if options.text_encoder:
         encoder = load_text_encoder(options.text_encoder, options.context_length)
-    of = {"count": options.count or 0, "held_out_pairs": options.held_out_pairs or 0}
+    names = ("count", "held_out_pairs", "held_out_captions", "aspects")
+    of = {name: getattr(options, name) or 0 for name in names}
     autoencoder = load_autoencoder(options.autoencoder)
     done = prepare_latents(options.input, options.out, autoencoder, options.image_size, **of)
     for line in done.skipped:
         _say(f"skipped {line}")
+    for (height, width), images in done.shapes.items():
+        _say(f"{images} images of {height}x{width} (height x width)")
     if encoder:
         where = str(pathlib.Path(options.text_encoder).expanduser().resolve())
         prepare_features(options.out, encoder, where, options.context_length)

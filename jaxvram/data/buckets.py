@@ -16,7 +16,6 @@ import dataclasses
 import functools
 
 import numpy as np
-from PIL import Image
 
 from jaxvram.errors import UserError
 
@@ -93,18 +92,6 @@ def fault(size: tuple[int, int], shape: tuple[int, int]) -> str | None:
     if height < H or width < W:
         return f"only {width}x{height} pixels, and its bucket has {W}x{H}"
     return None
-
-
-def crop_to(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """The middle of an image in this shape (height, width), which it is scaled to cover: as `centre_crop` does squares."""
-    H, W = shape
-    while image.height >= 2 * H and image.width >= 2 * W:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(H / image.height, W / image.width)
-    width, height = max(W, round(image.width * scale)), max(H, round(image.height * scale))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - W) // 2, (height - H) // 2
-    return image.crop((left, top, left + W, top + H))
 
 
 @dataclasses.dataclass(frozen=True)

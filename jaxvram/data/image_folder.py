@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class: which files there are, how one becomes a square, what to do with bad ones."""
+"""Folders of images, one folder a class: which files there are, how each is cut, what to do with bad ones."""
 
 import collections
 import dataclasses
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from jaxvram.data.images import ArraySource, ImageDataConfig, hold_out, to_float
@@ -31,6 +31,8 @@ class Listing:
     first_val: int | None  # from this file on they are held out, if the folder says which
     skipped: list[str]  # 'cat/1.png: unreadable (...)', of the files left out
     all_files: list[Path]  # the bad ones too
+    sizes_Nx2: np.ndarray  # int32, height and width in pixels, upright
+    shapes_Nx2: np.ndarray  # int32, height and width that each is cut to: the square, unless said otherwise
 
 
 def load_folder(cfg: ImageDataConfig, seed: int) -> ArraySource:
@@ -79,7 +81,7 @@ class ImageFiles:
     def _crop(self, place: int) -> np.ndarray | None:
         if self._is_kept[place]:
             return self._kept[place]
-        crop = try_crop(self._files[place], self._size)
+        crop = try_crop(self._files[place], (self._size, self._size))
         if isinstance(crop, str):
             self.broken[place] = f"{self._files[place]}: {crop}"
             return None
@@ -110,7 +112,8 @@ def listing(folder: Path, image_size: int) -> Listing:
     if first_val is not None and (new := {n for n, _ in pairs[first_val:]} - {n for n, _ in pairs[:first_val]}):
         raise UserError(f"{folder}: there is a held-out class {min(new)!r} and nothing of it to train on")
     files = [file for _, file in pairs]
-    faults = _faults(files, image_size)
+    looks = _looks(files)
+    faults = [look if isinstance(look, str) else _fault(look, image_size) for look in looks]
     if names:
         faults = ["lies in no folder of a class" if not pair[0] else f for pair, f in zip(pairs, faults, strict=True)]
     skipped = [f"{file.relative_to(folder).as_posix()}: {f}" for file, f in zip(files, faults, strict=True) if f]
@@ -125,6 +128,8 @@ def listing(folder: Path, image_size: int) -> Listing:
         first_val=None if first_val is None else sum(i < first_val for i in good),
         skipped=skipped,
         all_files=files,
+        sizes_Nx2=np.array([looks[i] for i in good], np.int32),
+        shapes_Nx2=np.full((len(good), 2), image_size, np.int32),
     )
 
 
@@ -148,14 +153,14 @@ def _classes(root: Path) -> list[tuple[str, list[Path]]]:
     return [bare, *((entry.name, sorted(filter(is_image, entry.rglob("*")))) for entry in _folders(root))]
 
 
-def _faults(files: list[Path], image_size: int) -> list[str | None]:
-    """Why a file is of no use, as far as its header tells, or None."""
-    faults = []
+def _looks(files: list[Path]) -> list[tuple[int, int] | str]:
+    """Height and width of each file, from its header, or why it is of no use."""
+    looks = []
     with tqdm(total=len(files), unit="image", desc="look at images", delay=2, disable=None) as bar:
         for i in range(0, len(files), 4096):  # a million futures at a time would take a gigabyte
-            faults += threads().map(functools.partial(_fault, image_size), files[i : i + 4096])
-            bar.update(len(faults) - i)
-    return faults
+            looks += threads().map(_look, files[i : i + 4096])
+            bar.update(len(looks) - i)
+    return looks
 
 
 @functools.cache
@@ -164,20 +169,25 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), "images")
 
 
-def _fault(image_size: int, file: Path) -> str | None:
+def _look(file: Path) -> tuple[int, int] | str:
     try:
         with Image.open(file) as image:
-            width, height = image.size
+            lies = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if lies else image.size[::-1]
     except Exception as error:  # a damaged file can raise nearly anything
         return f"unreadable ({type(error).__name__})"
+
+
+def _fault(size: tuple[int, int], image_size: int) -> str | None:
+    height, width = size
     return f"only {width}x{height} pixels" if 2 * min(width, height) < image_size else None
 
 
-def try_crop(file: Path, size: int) -> np.ndarray | str:
-    """The centre of an image, uint8 (size, size, 3), upright as its EXIF says; or why it cannot be had."""
+def try_crop(file: Path, shape: tuple[int, int]) -> np.ndarray | str:
+    """The centre of an image, uint8 (*shape, 3), upright as its EXIF says; or why it cannot be had."""
     try:
         with Image.open(file) as image:
-            return np.asarray(centre_crop(_rgb(ImageOps.exif_transpose(image)), size))
+            return np.asarray(centre_crop(_rgb(ImageOps.exif_transpose(image)), shape))
     except Exception as error:  # a damaged file can raise nearly anything
         return f"{type(error).__name__}: {error}"
 
@@ -192,39 +202,41 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square at `size` pixels a side, as the ADM papers cut ImageNet: halve with a box filter while the
-    shorter side has twice `size` or more, scale it to `size` bicubically, and cut the longer side's ends off."""
-    while min(image.size) >= 2 * size:
+def centre_crop(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """The middle of an image at (height, width) pixels, as the ADM papers cut squares from ImageNet: halve with a box
+    filter while both sides have twice as many or more, scale bicubically to cover, and cut off what stands out."""
+    H, W = shape
+    while image.height >= 2 * H and image.width >= 2 * W:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(H / image.height, W / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - W) // 2, (image.height - H) // 2
+    return image.crop((left, top, left + W, top + H))
 
 
 class Crops:
     """The crops of `found` from file `start` on, one ahead, so that it knows where the next shard of them begins."""
 
-    def __init__(self, found: Listing, size: int, start: int, ahead: int):
+    def __init__(self, found: Listing, start: int, ahead: int):
         self.skipped: list[str] = []  # of the files passed, those that could not be decoded
-        self._found = self._decoded(found, size, start, ahead)
+        self._found = self._decoded(found, start, ahead)
         self.next, self._crop = next(self._found)  # the next good file's place; the number of files at the end
 
     def take(self, count: int) -> tuple[list[int], list[np.ndarray]]:
-        """(places, crops) of the next `count` good files, or of fewer at the end."""
+        """(places, crops) of the next `count` good files of one shape, or of fewer where they end."""
         places, crops = [], []
-        while len(crops) < count and self._crop is not None:
+        while len(crops) < count and self._crop is not None and (not crops or self._crop.shape == crops[0].shape):
             places.append(self.next)
             crops.append(self._crop)
             self.next, self._crop = next(self._found)
         return places, crops
 
-    def _decoded(self, found: Listing, size: int, start: int, ahead: int):
+    def _decoded(self, found: Listing, start: int, ahead: int):
         waiting, todo = collections.deque(), iter(range(start, len(found.files)))
         while True:
             for place in todo:
-                waiting.append((place, threads().submit(try_crop, found.files[place], size)))
+                shape = tuple(map(int, found.shapes_Nx2[place]))
+                waiting.append((place, threads().submit(try_crop, found.files[place], shape)))
                 if len(waiting) > ahead:
                     break
             if not waiting:

@@ -2,8 +2,9 @@
 
 A cache is a folder of meta.json and of shards: latents_000000.npy, float16 (N, F, 2, h, w, c), of which the second axis is
 (as it is, mirrored), or as it is alone where there are captions, and the third (mean, standard deviation);
-labels_000000.npy, int32 (N,); captions_000000.json, a list of N texts. The second pass adds text.json and shards of
-features (data/features.py). What an autoencoder is, data/autoencoders.py says.
+labels_000000.npy, int32 (N,); captions_000000.json, a list of N texts. Of pictures of several aspects (data/buckets.py) a
+shard has one shape, and sizes_000000.npy, int32 (N, 2), says how high and wide the originals are, in pixels. The second
+pass adds text.json and shards of features (data/features.py). What an autoencoder is, data/autoencoders.py says.
 """
 
 import dataclasses
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jaxvram.data.captions import to_lines
 from jaxvram.data.images import to_float
 from jaxvram.data.pictures import Pictures, find
 from jaxvram.errors import UserError
 
-META, VERSION = "meta.json", 2
+META, TEXT, VERSION = "meta.json", "text.json", 2
+PATCH = 2  # latents a side, of the models that take pictures of several aspects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Prepared:
     shards: int
     skipped: tuple[str, ...]  # 'cat/1.png: why', of the files that could not be used
     has_captions: bool
+    shapes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # (height, width) -> images, if several
 
 
 def prepare_latents(
@@ -54,7 +58,7 @@ def prepare_latents(
     if batch_size < 1 or shard_size < 1:
         raise UserError(f"batch_size={batch_size} and shard_size={shard_size} must be positive")
     out_dir = Path(out_dir).expanduser()
-    pictures = find(str(source), image_size, **options)
+    pictures = find(str(source), image_size, multiple=PATCH * down, **options)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         progress = _Progress(out_dir, pictures, autoencoder, image_size, shard_size)
@@ -67,17 +71,17 @@ def prepare_latents(
     late = [fault for shard in progress.shards for fault in shard["skipped"]]
     images = sum(shard["images"] for shard in progress.shards)
     skipped = (*pictures.skipped, *late)
-    return Prepared(out_dir, images, len(progress.shards), skipped, pictures.captions is not None)
+    return Prepared(out_dir, images, len(progress.shards), skipped, pictures.captions is not None, progress.shapes())
 
 
 def _write_shard(progress: "_Progress", reader, autoencoder, batch_size: int, shard_size: int, bar):
     places, latents = [], []
-    while len(places) < shard_size:
+    while len(places) < shard_size and not (places and progress.pictures.shape_changes(places[-1], reader.next)):
         new_places, batch = reader.take(min(batch_size, shard_size - len(places)))
         if not batch:
             break
-        images_BxSxSx3 = to_float(np.stack(batch))
-        seen = [images_BxSxSx3, images_BxSxSx3[:, :, ::-1]][: progress.pictures.flips]
+        images_BxHxWx3 = to_float(np.stack(batch))
+        seen = [images_BxHxWx3, images_BxHxWx3[:, :, ::-1]][: progress.pictures.flips]
         both = [autoencoder.encode(images) for images in seen]
         moments_BxFx2xhxwxC = np.stack([np.stack([*map(np.asarray, pair)], 1) for pair in both], 1)
         if not np.abs(moments_BxFx2xhxwxC).max() <= np.finfo(np.float16).max:  # nor NaN
@@ -113,10 +117,14 @@ class _Progress:
             "made": pictures.made,
             "shard_size": shard_size,
         }
+        if pictures.shapes_Nx2 is not None:
+            self.meta["shapes"] = np.unique(pictures.shapes_Nx2, axis=0).tolist()
         if (out_dir / META).is_file():
             self._resume()
         elif any(out_dir.glob("latents_*.npy")):
             raise UserError(f"{out_dir} holds latents but no {META}: choose another folder")
+        else:
+            (out_dir / TEXT).unlink(missing_ok=True)  # features of what was here before
         self._save()
 
     def _resume(self):
@@ -126,7 +134,8 @@ class _Progress:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.out_dir / META} is damaged: delete {self.out_dir}, or choose another") from error
         # where the autoencoder lies may change; what it is may not
-        changed = [key for key in self.meta if before.get(key) != self.meta[key] and key != "autoencoder_path"]
+        keys = dict.fromkeys([*self.meta, *before])
+        changed = [key for key in keys if before.get(key) != self.meta.get(key) and key != "autoencoder_path"]
         if changed:
             raise UserError(
                 f"{self.out_dir} was prepared from other images or settings ({', '.join(changed)} differ): choose "
@@ -138,6 +147,14 @@ class _Progress:
         """The file at which the next shard begins."""
         return self.shards[-1]["next"] if self.shards else 0
 
+    def shapes(self) -> dict[tuple[int, int], int]:
+        """(height, width) -> pictures so far, if there are several shapes."""
+        counts = {tuple(shape): 0 for shape in self.meta.get("shapes", ())}
+        for shard in self.shards:
+            if "shape" in shard:
+                counts[tuple(shard["shape"])] += shard["images"]
+        return counts
+
     def add(self, latents_NxFx2xhxwxC: np.ndarray, places: list[int], reader):
         number, first_val = f"{len(self.shards):06d}", self.pictures.first_val
         files = {"latents": f"latents_{number}.npy", "labels": f"labels_{number}.npy"}
@@ -145,9 +162,12 @@ class _Progress:
         save_array(self.out_dir / files["labels"], self.pictures.labels_N[places])
         if self.pictures.captions is not None:
             files["captions"] = f"captions_{number}.json"
-            texts = json.dumps([self.pictures.captions[place] for place in places], indent=0)
-            save(self.out_dir / files["captions"], texts.encode())
-        shard = files | {
+            save(self.out_dir / files["captions"], to_lines([self.pictures.captions[place] for place in places]))
+        of_shape = {}
+        if self.pictures.shapes_Nx2 is not None:
+            files["sizes"], of_shape = f"sizes_{number}.npy", {"shape": self.pictures.shapes_Nx2[places[0]].tolist()}
+            save_array(self.out_dir / files["sizes"], self.pictures.sizes_Nx2[places])
+        shard = files | of_shape | {
             "images": len(places),
             "val": 0 if first_val is None else sum(place >= first_val for place in places),
             "bytes": [(self.out_dir / file).stat().st_size for file in files.values()],
@@ -165,7 +185,7 @@ class _Progress:
 
 
 def is_whole(folder: Path, shard: dict) -> bool:
-    files = [folder / shard[kind] for kind in ("latents", "labels", "captions") if kind in shard]
+    files = [folder / shard[kind] for kind in ("latents", "labels", "captions", "sizes") if kind in shard]
     return all(f.is_file() and f.stat().st_size == size for f, size in zip(files, shard["bytes"], strict=True))
 
 

@@ -2,9 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from jaxvram.data.buckets import Turns, choose, crop_to, fault, nearest, shapes, step_of
+from jaxvram.data.buckets import Turns, choose, fault, nearest, shapes, step_of
 from jaxvram.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -67,19 +66,6 @@ def test_choose_no_more_than_images_want():
     of = shapes(256, 16)
     assert choose(of, [1.5] * 6 + [2 / 3] * 3, 9) == [(208, 304), (304, 208)]
     assert choose(of, [1.5] * 6 + [2 / 3] * 3, 1) == [(304, 208)]
-
-
-def test_crop_covers_and_keeps_the_middle():
-    y, x = np.mgrid[:64, :192]
-    image = Image.fromarray(np.stack([4 * y, x, 0 * x], -1).astype(np.uint8))
-    for shape in ((32, 64), (60, 20), (64, 192), (16, 48)):
-        crop = np.asarray(crop_to(image, shape), np.float32)
-        assert crop.shape == (*shape, 3)
-        scale = max(shape[0] / 64, shape[1] / 192)
-        assert np.allclose(crop.mean((0, 1))[:2], [4 * 31.5, 95.5], atol=3)  # the middle
-        span = crop[0, -1, 1] - crop[0, 0, 1]
-        assert np.isclose(span, (shape[1] - 1) / scale, atol=4)  # as wide as it was
-    assert np.array_equal(crop_to(image, (64, 192)), image)
 
 
 def test_an_image_smaller_than_its_bucket():

@@ -59,7 +59,7 @@ def test_classes_and_files(folder):
     expected = {}
     for label, name in enumerate(of.class_names):
         for file in (folder / name).rglob("[0-9]*.*"):
-            expected[np.asarray(centre_crop(Image.open(file).convert("RGB"), 16)).tobytes()] = label
+            expected[np.asarray(centre_crop(Image.open(file).convert("RGB"), (16, 16))).tobytes()] = label
     assert len(expected) == 30
     for some_images, some_labels in ((images, labels), of.val_images(99)):
         assert [expected[pixels.tobytes()] for pixels in to_uint8(some_images)] == some_labels.tolist()
@@ -82,7 +82,7 @@ def test_crop_by_other_means():
     pixels = RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8)
     half = lambda x: np.floor(x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, 3).mean((1, 3)) + 0.5)
     expected = half(half(pixels))[:, 4:20]
-    got = np.asarray(centre_crop(Image.fromarray(pixels), 16), float)
+    got = np.asarray(centre_crop(Image.fromarray(pixels), (16, 16)), float)
     # Pillow rounds once more, between the two directions
     assert got.shape == (16, 16, 3) and np.abs(got - expected).max() <= 2 and np.abs(got - expected).mean() < 1
 
@@ -103,12 +103,25 @@ def test_crop_steps(width, height, halved, scaled, corner):
         steps = steps.resize((steps.width // 2, steps.height // 2), Image.BOX)
     steps = np.asarray(steps.resize(scaled, Image.BICUBIC))
     x, y = corner
-    assert (np.asarray(centre_crop(image, 20)) == steps[y : y + 20, x : x + 20]).all()
+    assert (np.asarray(centre_crop(image, (20, 20))) == steps[y : y + 20, x : x + 20]).all()
+
+
+def test_the_middle_of_another_shape():
+    y, x = np.mgrid[:64, :192]
+    image = Image.fromarray(np.stack([4 * y, x, 0 * x], -1).astype(np.uint8))
+    for shape in ((32, 64), (60, 20), (64, 192), (16, 48)):
+        crop = np.asarray(centre_crop(image, shape), np.float32)
+        assert crop.shape == (*shape, 3)
+        scale = max(shape[0] / 64, shape[1] / 192)
+        assert np.allclose(crop.mean((0, 1))[:2], [4 * 31.5, 95.5], atol=3)  # the middle
+        span = crop[0, -1, 1] - crop[0, 0, 1]
+        assert np.isclose(span, (shape[1] - 1) / scale, atol=4)  # as wide as it was
+    assert np.array_equal(centre_crop(image, (64, 192)), image)
 
 
 def crop_of(image, tmp_path, suffix="png", **options):
     image.save(tmp_path / f"image.{suffix}", **options)
-    return try_crop(tmp_path / f"image.{suffix}", 16)
+    return try_crop(tmp_path / f"image.{suffix}", (16, 16))
 
 
 def test_every_mode_becomes_rgb(tmp_path):
