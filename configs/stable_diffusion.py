@@ -12,7 +12,7 @@
   sd1_full    860 M     RTX 4070  8 hours         0.0 GiB       every parameter at 512 px; PyTorch needs 15.8 GB
   emoji         0 M     2 cores   0 minutes       0.1 GiB       emoji by their names
   shapes      1.1 M     2 cores   0 minutes       0.1 GiB       on latents of your autoencoder (docs/text_to_image.md)
-  tiny        1.1 M     2 cores   0 minutes       0.1 GiB       80 % of samples right for pairs of words never seen together
+  tiny        1.1 M     2 cores   0 minutes       0.1 GiB       80 % of samples right for words never seen together
 
 Times on a GPU are arithmetic, not measurements. emoji, shapes and tiny have a text encoder of their own, trained with the
 U-Net, and read captions as bytes; the others read features of CLIP's, which --mode=prepare wrote.
@@ -65,12 +65,12 @@ def get_config(variant="auto"):
         small_unet(c)
     if variant == "shapes":  # latents: 8 x 8 x 4 of 32 pixels a side
         c.model.update(image_size=8, channels=4, groups=8)
-        c.data.update(name="latents", image_size=ImageDataConfig.image_size, held_out_pairs=0)
+        c.data.update(name="latents", image_size=ImageDataConfig.image_size, held_out_captions=0)
         c.sample.clip = False
     if variant == "emoji":
         c.model.update(image_size=32, width=48, multipliers=(1, 2, 3), attention_levels=(1, 2), context_dim=96)
         c.model.context_length = 72
-        c.data.update(name="emoji", image_size=32, held_out_pairs=0, val_fraction=0.02)
+        c.data.update(name="emoji", image_size=32, held_out_captions=0, val_fraction=0.02)
         c.task.score_samples = 0
         c.train.steps = 20_000
         c.eval.update(every=5_000, batches=1, batch_size=16)
@@ -84,7 +84,7 @@ def small_unet(c):
     c.model.update(heads=2, head_dim=0, groups=8, context_dim=64, context_length=40, text_layers=2, text_heads=4)
     c.model.update(remat="none", dtype="float32")
     c.task.update(schedule="cosine", prediction="x0", min_snr_gamma=5.0, score_samples=200)
-    c.data.update(name="shapes", image_size=16, held_out_pairs=4)
+    c.data.update(name="shapes", image_size=16, held_out_captions=32)
     c.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.99)
     c.optimizer.groups.all.weight_decay = 0.0
     c.train.update(steps=4_000, batch_size=32, microbatch_size=0, ema_decay=0.998)

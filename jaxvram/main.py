@@ -16,7 +16,7 @@ MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare
 WITHOUT_RECIPE = {  # modes that read none -> the flags that they read
     "prepare": "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
     "for images --autoencoder, --image_size, --text_encoder, --context_length, --count, --held_out_pairs, "
-    "--aspects",
+    "--held_out_captions, --aspects",
     "build": "--input=EXPERTS.toml and --out=DIR",
     "kernels": "--card; its shapes are fixed",
     "plan": "of encoders --autoencoder, --image_size, --text_encoder, --context_length; --card, --workdir",
@@ -165,6 +165,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number("aspects", None, "For prepare of a folder: so many shapes of a square's area instead of squares alone.")
     number("count", None, "For prepare of shapes: how many are drawn; default 20,000.")
     number("held_out_pairs", None, "For prepare of shapes: pairs of colour and shape that no training picture shows.")
+    number("held_out_captions", None, "For prepare of shapes: colours, shapes and positions, likewise, all three together.")
     number("shard_tokens", 100_000_000, "For prepare: tokens a shard.")
     number("workers", None, "For prepare: processes; default: as many as there are cores.")
     text("torch_python", None, "For compare: another Python, which has PyTorch; default: this one.")

@@ -184,7 +184,8 @@ def _prepare_latents(options) -> int:
     encoder = None  # loaded first: its errors are cheaper than the first pass
     if options.text_encoder:
         encoder = load_text_encoder(options.text_encoder, options.context_length)
-    of = {name: getattr(options, name) or 0 for name in ("count", "held_out_pairs", "aspects")}
+    names = ("count", "held_out_pairs", "held_out_captions", "aspects")
+    of = {name: getattr(options, name) or 0 for name in names}
     autoencoder = load_autoencoder(options.autoencoder)
     done = prepare_latents(options.input, options.out, autoencoder, options.image_size, **of)
     for line in done.skipped:

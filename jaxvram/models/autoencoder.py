@@ -12,6 +12,7 @@ Matrices and kernels ~ U(-1 / sqrt(fan in), 1 / sqrt(fan in)), biases 0.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ REMAT = ("none", "full")
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
+    REMATS: ClassVar = REMAT
     image_size: int = 256  # H = W of what it learns from; any multiple of `downsample` goes through
     channels: int = 3  # C of images
     latent_channels: int = 4

@@ -112,7 +112,8 @@ def fit_recipe(recipe, make_task: Callable, card: Card, progress: Callable[[str]
         )
         return plan.programs(changed, make_task(changed))["train"]
 
-    return find_fit(build, recipe.train.batch_size, card, progress=progress)
+    remats = getattr(recipe.model, "REMATS", REMATS)  # a model of few blocks, each of its own size, has fewer
+    return find_fit(build, recipe.train.batch_size, card, remats, progress)
 
 
 def text(fit: Fit) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 
 import checkpoints
 import jax
@@ -127,9 +128,8 @@ def test_an_image_size_is_the_recipes(folder):
 )
 def test_another_model(fields, found, folder):
     ((name, value),) = found.items()
-    with pytest.raises(
-        UserError, match=re.escape(f"{name}={value} (the recipe: {fields[name]}); add --config.model.{name}={value}")
-    ):
+    paste = shlex.quote(f"--config.model.{name}={value}")
+    with pytest.raises(UserError, match=re.escape(f"{name}={value} (the recipe: {fields[name]}); add {paste}")):
         convert.load_params(folder[0], dataclasses.replace(CFG, **fields))
 
 

@@ -8,8 +8,8 @@ from jaxvram.data.images import ImageDataConfig, load, to_uint8
 from jaxvram.errors import UserError
 
 
-def source(size=32, seed=0):
-    return load(ImageDataConfig(name="shapes", image_size=size), seed)
+def source(size=32, seed=0, **fields):
+    return load(ImageDataConfig(name="shapes", image_size=size, **fields), seed)
 
 
 def noisy(images, std):
@@ -153,7 +153,7 @@ def test_drawing_is_fast():
 
 def test_pairs_held_out_of_training():
     """Their colours and shapes are trained on in other pairs; evaluation has all pairs, and they are what is asked for."""
-    of = shapes.ShapesSource(16, 3, held_out_pairs=4)
+    of = source(16, 3, held_out_pairs=4)
     held = {0, 5, 10, 15}  # red circle, green square, blue triangle, yellow cross
     train, val = (of.batch(split, 0, 600)["labels"] for split in ("train", "val"))
     assert set(train) == set(range(16)) - held and set(val) == set(range(16))
@@ -165,7 +165,22 @@ def test_pairs_held_out_of_training():
     assert all(caption.startswith(start) for caption, start in zip(captions, recognised, strict=True))
     shown = of.captions("train", 0, 600)
     assert all(f" {shapes.CLASS_NAMES[label]} " in caption for label, caption in zip(train, shown, strict=True))
-    assert of.identity != shapes.ShapesSource(16, 3).identity
-    assert set(shapes.ShapesSource(16, 3).unseen(16)[1]) == set(range(16))
-    with pytest.raises(UserError, match="held_out_pairs=9 is not in 0 to 8"):
-        shapes.ShapesSource(16, 3, held_out_pairs=9)
+    assert of.identity != source(16, 3).identity
+    assert set(source(16, 3).unseen(144)[1]) == set(range(16))
+    for field, most in (("pairs", 8), ("captions", 72)):
+        with pytest.raises(UserError, match=f"held_out_{field}={most + 1} is not in 0 to {most}"):
+            source(16, 3, **{f"held_out_{field}": most + 1})
+
+
+def test_captions_held_out_of_training():
+    """Colour, shape and position of which any two are seen together in training, and the three never."""
+    of = source(16, 3, held_out_captions=32)
+    asked, labels = of.unseen(32)
+    assert len(set(asked)) == 32 and set(labels) == set(range(16))
+    train = set(of.captions("train", 0, 4000))
+    assert len(train) == 144 - 32 and not train & set(asked)
+    assert set(of.captions("val", 0, 4000)) == train | set(asked)
+    batch = of.batch("train", 0, 50)
+    seen = shapes.recognise(batch["images"])
+    said = [shapes.caption(*c) for c in zip(seen["colour"], seen["shape"], seen["position"], strict=True)]
+    assert sum(a == b for a, b in zip(said, of.captions("train", 0, 50), strict=True)) >= 48

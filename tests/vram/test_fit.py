@@ -1,9 +1,12 @@
 """The search: order of preference, few compilations, and one on real programs."""
 
 import dataclasses
+import types
 
 import pytest
 
+from jaxvram.models.autoencoder import AutoencoderConfig
+from jaxvram.models.dit import DiTConfig
 from jaxvram.vram import fit as fits
 from jaxvram.vram import plan
 from jaxvram.vram.cards import CARDS, CONTEXT_BYTES
@@ -92,6 +95,13 @@ def test_the_table_shows_what_was_tried(search):
     assert "<- the fastest that fits" in next(line for line in lines if line.split()[:2] == ["8", "none"])
     assert lines[-1] == "--config.train.microbatch_size=8 --config.model.remat=none"
     assert "+33% FLOPs" in fits.text(search(75))
+
+
+def test_a_model_of_few_blocks_has_fewer_remats(monkeypatch):
+    monkeypatch.setattr(fits, "find_fit", lambda build, batch_size, card, remats, progress: remats)
+    of = lambda cfg: types.SimpleNamespace(model=cfg, train=types.SimpleNamespace(batch_size=1))
+    assert fits.fit_recipe(of(AutoencoderConfig()), None, None) == ("none", "full")
+    assert fits.fit_recipe(of(DiTConfig()), None, None) == fits.REMATS
 
 
 def test_on_real_programs(card_of):
