@@ -5,7 +5,7 @@
   python launch.py --config=configs/unet.py:pixel64 --mode=plan --card=rtx4070
 
   variant  parameters  card      time            planned peak  what to expect
-  pixel64    114 M     RTX 4070  5 hours         4.4 GiB       no figure is published for it
+  pixel64    114 M     RTX 4070  5 hours         4.2 GiB       no figure is published for it
   tiny       0.7 M     2 cores   4 minutes       0.1 GiB       82 % of samples have the colour and the shape asked for
 
 pixel64 is the U-Net of diffusers' example of unconditional training, which fits flowers in 100 epochs of them. Its time is
