@@ -1,10 +1,10 @@
 """A training step of a small pixel U-Net on this CPU, beside diffusers' UNet2DModel in PyTorch, in alternating turns.
 
   python benchmarks/cpu_unet.py                              (needs torch and diffusers)
-  taskset -c 0 python benchmarks/cpu_unet.py --threads 1     one core each, CPU time: on a machine with others to serve
+  taskset -c 0 python benchmarks/cpu_unet.py --threads 1     one core each, in CPU time: on a busy machine
 
-Both: the sizes of configs/unet.py:tiny, fp32, the error of the noise, AdamW, the same threads. Prints the median turn of
-each and the median ratio of turns that follow one another: above 1, ours is faster.
+Both: the sizes of configs/unet.py:tiny, fp32, the noise to be found, AdamW, as many threads. Prints the median turn,
+and the median ratio of turns that follow one another: above 1, ours is faster.
 """
 
 import argparse

@@ -6,7 +6,6 @@ row and the number of rows of each picture's. null.npy is the empty caption's. p
 in samples, so that the encoder is wanted once a prompt.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -15,18 +14,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxvram.data.prepare_images import META, save, save_array
+from jaxvram.data.prepare_images import META, TEXT, is_whole, save, save_array
 from jaxvram.data.text_encoders import load_text_encoder
 from jaxvram.errors import UserError
 
-TEXT, NULL, PROMPTS, VERSION = "text.json", "null.npy", "prompts", 1
+NULL, PROMPTS, VERSION = "null.npy", "prompts", 1
 PIECE = 1024  # different captions encoded at a time: those of T5-XXL take 1 GB
 
 
 def prepare_features(out_dir, encoder, path: str, length: int | None = None) -> int:
     """Encodes the captions of the cache in `out_dir`; the number of pictures that have features then.
 
-    Killed and started again it keeps the shards that are whole.
+    Killed and started again it keeps the shards that are whole. An encoder that was moved is found at its new place then.
 
     Args:
       encoder: as data/text_encoders.py has them.
@@ -35,21 +34,30 @@ def prepare_features(out_dir, encoder, path: str, length: int | None = None) -> 
       UserError: no captions, one that is too long, or `out_dir` holds features of another encoder.
     """
     folder = Path(out_dir).expanduser()
-    meta = json.loads((folder / META).read_text())
-    if not meta["has_captions"]:
-        raise UserError(f"{folder} holds no captions to encode: prepare it from pictures with captions")
+    try:
+        meta = json.loads((folder / META).read_text())
+        if not meta["has_captions"]:
+            raise UserError(f"{folder} holds no captions to encode: prepare it from pictures with captions")
+        captions = [folder / shard["captions"] for shard in meta["shards"]]
+        if not all(is_whole(folder, shard) for shard in meta["shards"]):
+            raise ValueError("a shard is missing or cut short")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / META} or a shard is damaged ({error!r}): prepare the latents again") from error
     said = {
         "version": VERSION, "text_encoder": encoder.identity, "path": path, "context_length": length,
         "length": encoder.length, "width": encoder.width,
     }  # fmt: skip
     try:
         shards = _whole_shards(folder, said)
-        if not (folder / NULL).is_file() or not shards:
+        left = captions[len(shards) :]
+        for file in left:  # shard by shard: the tokens of a million captions would take half a gigabyte
+            encoder.check(list(dict.fromkeys(json.loads(file.read_text()))))
+        if not shards or not _holds_rows(folder / NULL, encoder.width):
             save_array(folder / NULL, _encode(encoder, [""])[0])
-        left = meta["shards"][len(shards) :]
-        encoder.check([caption for shard in left for caption in json.loads((folder / shard["captions"]).read_text())])
-        for shard in tqdm(left, unit="shard", desc="encode captions", disable=None):
-            shards.append(_encode_shard(folder, shard, encoder))
+        for file in tqdm(left, unit="shard", desc="encode captions", disable=None):
+            shards.append(_encode_shard(folder, file, encoder))
+            save(folder / TEXT, json.dumps(said | {"shards": shards}, indent=1).encode())
+        if not left:  # its path may be new
             save(folder / TEXT, json.dumps(said | {"shards": shards}, indent=1).encode())
     except OSError as error:
         raise UserError(f"could not prepare {folder}: {error.strerror or error} ({error.filename})") from error
@@ -73,13 +81,20 @@ def _whole_shards(folder: Path, said: dict) -> list[dict]:
     return whole
 
 
-def _encode_shard(folder: Path, shard: dict, encoder) -> dict:
-    captions = json.loads((folder / shard["captions"]).read_text())
+def _holds_rows(file: Path, width: int) -> bool:
+    try:
+        return np.load(file).shape[1:] == (width,)
+    except (OSError, ValueError):
+        return False
+
+
+def _encode_shard(folder: Path, file: Path, encoder) -> dict:
+    captions = json.loads(file.read_text())
     different = list(dict.fromkeys(captions))
     rows = [row for i in range(0, len(different), PIECE) for row in _encode(encoder, different[i : i + PIECE])]
     length_K = np.array([len(row) for row in rows])
     place_of = dict(zip(different, np.stack([np.cumsum(length_K) - length_K, length_K], 1).astype(np.int32), strict=True))
-    number = shard["captions"].split("_")[1].split(".")[0]
+    number = file.stem.split("_")[1]
     files = {"context": f"context_{number}.npy", "places": f"places_{number}.npy"}
     save_array(folder / files["context"], np.concatenate(rows))
     save_array(folder / files["places"], np.stack([place_of[caption] for caption in captions]))
@@ -108,21 +123,24 @@ class Features:
       UserError: they are unfinished or damaged.
     """
 
-    def __init__(self, folder: Path, shards: int):
+    def __init__(self, folder: Path, shards: list[dict]):
         self._folder = folder
         try:
             said = json.loads((folder / TEXT).read_text())
             self.identity, self.length, self.width = said["text_encoder"], said["length"], said["width"]
             self._path, self._asked, parts = said["path"], said["context_length"], said["shards"]
-            if len(parts) < shards:
+            if len(parts) < len(shards):
                 raise UserError(f"{folder} is not finished: run --mode=prepare with --text_encoder again, it goes on")
             if not all(_is_whole(folder, part) for part in parts):
                 raise ValueError("a shard is missing or cut short")
             self._context = [np.load(folder / part["context"], mmap_mode="r") for part in parts]
             self._places = [np.load(folder / part["places"]) for part in parts]
+            if [len(places_Nx2) for places_Nx2 in self._places] != [shard["images"] for shard in shards]:
+                raise ValueError("features of other pictures")
             self.null = self._padded(np.load(folder / NULL))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / TEXT} or a shard is damaged ({error!r}): prepare the features again") from error
+            again = f"delete {TEXT}, and run --mode=prepare with --text_encoder again"
+            raise UserError(f"{folder / TEXT} or a shard of it is damaged ({error!r}): {again}") from error
 
     def of_picture(self, shard: int, row: int) -> dict[str, np.ndarray]:
         first, count = self._places[shard][row]
@@ -132,14 +150,18 @@ class Features:
         """Of texts, {"context": float16 (N, S, E), "length": int32 (N,)}: the encoder is read for those that are new.
 
         Raises:
-          UserError: the encoder is not where it was, or is another now.
+          UserError: the encoder is not where it was, or is another now; a prompt is too long; or nothing can be kept.
         """
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt and not self._kept(prompt).is_file()]
-        if new:
-            for prompt, rows in zip(new, _encode(self._encoder(new), new), strict=True):
+        new = [p for p in dict.fromkeys(prompts) if p and not _holds_rows(self._kept(p), self.width)]
+        encoded = _encode(self._encoder(new), new) if new else []
+        try:
+            for prompt, rows in zip(new, encoded, strict=True):
                 (self._folder / PROMPTS).mkdir(exist_ok=True)
                 save_array(self._kept(prompt), rows)
-        found = [self._padded(np.load(self._kept(prompt))) if prompt else self.null for prompt in prompts]
+            found = [self._padded(np.load(self._kept(prompt))) if prompt else self.null for prompt in prompts]
+        except OSError as error:
+            where = self._folder / PROMPTS
+            raise UserError(f"could not keep prompts in {where}: {error.strerror or error} ({error.filename})") from error
         return {key: np.stack([one[key] for one in found]) for key in self.null}
 
     def _kept(self, prompt: str) -> Path:
@@ -151,7 +173,8 @@ class Features:
             encoder = load_text_encoder(self._path, self._asked)
         except UserError as error:
             raise UserError(
-                f"the prompt {prompts[0]!r} is new, and the text encoder of {self._folder} is not where it was: {error}"
+                f"the prompt {prompts[0]!r} is new, and the text encoder of {self._folder} is not where it was ({error}): "
+                "run --mode=prepare as before with --text_encoder=WHERE_IT_IS"
             ) from error
         if encoder.identity != self.identity:
             which = f"{self._path} holds {name_of(encoder.identity)} now, and {self._folder} was made with"
@@ -164,7 +187,6 @@ class Features:
         return {"context": context_SxE, "length": np.int32(len(rows_xE))}
 
 
-@functools.cache
-def features_of(folder: Path, shards: int) -> Features | None:
-    """Of a cache; None where it has none."""
+def features_of(folder: Path, shards: list[dict]) -> Features | None:
+    """Of a cache of these shards; None where it has none."""
     return Features(folder, shards) if (folder / TEXT).is_file() else None

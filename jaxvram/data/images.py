@@ -70,7 +70,7 @@ def load(cfg: ImageDataConfig, seed: int, tokens: int = 0):
       UserError: whatever is wrong with the configuration or the files, and how to put it right.
     """
     _check(cfg)
-    source = _load(cfg, seed)
+    source = _load(cfg, seed, with_features=not tokens)
     if tokens:
         from jaxvram.data.captions import TokenCaptions
 
@@ -78,7 +78,7 @@ def load(cfg: ImageDataConfig, seed: int, tokens: int = 0):
     return source
 
 
-def _load(cfg: ImageDataConfig, seed: int):
+def _load(cfg: ImageDataConfig, seed: int, with_features: bool):
     # Here, not above: these modules build on this one's ArraySource, and digits alone needs scikit-learn.
     if cfg.name == "shapes":
         from jaxvram.data.shapes import ShapesSource, held_out
@@ -91,7 +91,7 @@ def _load(cfg: ImageDataConfig, seed: int):
     if cfg.name == "latents":
         from jaxvram.data.latents import load_latents
 
-        return load_latents(cfg, seed)
+        return load_latents(cfg, seed, with_features)
     if cfg.name == "folder":
         from jaxvram.data.image_folder import load_folder
 

@@ -1,6 +1,5 @@
 """Batches from a cache of latents, which data/prepare_images.py makes of pictures, with what it has of their captions."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import numpy as np
 from jaxvram.data import shapes
 from jaxvram.data.autoencoders import load_autoencoder
 from jaxvram.data.buckets import Turns
-from jaxvram.data.features import features_of, name_of
+from jaxvram.data.captions import CaptionFiles
+from jaxvram.data.features import Features, features_of, name_of
 from jaxvram.data.images import ArraySource, ImageDataConfig, hold_out, to_float, to_uint8
 from jaxvram.data.order import SPLITS, example_indices, generator
 from jaxvram.data.prepare_images import META, VERSION, is_whole
@@ -18,8 +18,14 @@ from jaxvram.errors import UserError
 _NOISE = 2**63  # streams from here on are for the noise of latents; those below draw which examples are mirrored
 
 
-def load_latents(cfg: ImageDataConfig, seed: int) -> "LatentSource":
-    """The source of data.name='latents'. UserError: no cache, an unfinished or damaged one, or another autoencoder's."""
+def load_latents(cfg: ImageDataConfig, seed: int, with_features: bool = True) -> "LatentSource":
+    """The source of data.name='latents'.
+
+    Args:
+      with_features: batches hold those of their captions, where the cache has them.
+    Raises:
+      UserError: no cache, an unfinished or damaged one, or another autoencoder's.
+    """
     folder = Path(cfg.path).expanduser()
     asked = load_autoencoder(cfg.autoencoder) if cfg.autoencoder else None
     if not (folder / META).is_file():
@@ -45,7 +51,8 @@ def load_latents(cfg: ImageDataConfig, seed: int) -> "LatentSource":
             )
         kind = LatentShapes if meta["made"].get("name") == "shapes" else LatentSource
         kind = LatentBuckets if "shapes" in meta else kind
-        return kind(folder, meta, cfg, seed, asked or _at_hand(meta))
+        features = features_of(folder, shards) if with_features else None
+        return kind(folder, meta, cfg, seed, asked or _at_hand(meta), features)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / META} or a shard is damaged ({error!r}): prepare the latents again") from error
 
@@ -58,11 +65,11 @@ class LatentSource(ArraySource):
     (B,)) too.
     """
 
-    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder):
+    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder, features: Features | None):
         shards, self._folder, self._size = meta["shards"], folder, meta["image_size"]
         labels_N = np.concatenate([np.load(folder / shard["labels"]) for shard in shards])
         latents = [np.load(folder / shard["latents"], mmap_mode="r") for shard in shards]
-        captions = [folder / shard["captions"] for shard in shards] if meta["has_captions"] else None
+        captions = CaptionFiles([folder / shard["captions"] for shard in shards]) if meta["has_captions"] else None
         first_val = len(labels_N) - sum(shard["val"] for shard in shards) if meta["has_val"] else None
         order = hold_out(labels_N, cfg.val_fraction, first_val)
         shape, self._scale = tuple(meta["latent_shape"]), np.float32(meta["scale"])
@@ -74,7 +81,7 @@ class LatentSource(ArraySource):
         sizes_Nx2 = np.concatenate(sizes).astype(np.float32)
         parts = {split: _Latents(latents, labels_N, sizes_Nx2, order[split], captions) for split in SPLITS}
         what = f"{folder}: latents of {self._size}x{self._size} images by the autoencoder {name_of(meta['autoencoder'])}"
-        self._features = features_of(folder, len(shards))
+        self._features = features
         if self._features:
             what += f", captions by the text encoder {name_of(self._features.identity)}"
         super().__init__(parts, shape, meta["class_names"], cfg, seed, what)
@@ -132,8 +139,8 @@ class LatentBuckets(LatentSource):
     `shapes` are those of all pictures as the model sees them; `shape` is the square that they are as large as.
     """
 
-    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder):
-        super().__init__(folder, meta, cfg, seed, autoencoder)
+    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder, features: Features | None):
+        super().__init__(folder, meta, cfg, seed, autoencoder, features)
         self.shapes = [(H // self.downsample, W // self.downsample, self.shape[-1]) for H, W in meta["shapes"]]
         self._of_shape, self._turns = {}, {}
         for split, part in self._parts.items():
@@ -159,8 +166,8 @@ class LatentBuckets(LatentSource):
 class LatentShapes(LatentSource):
     """Of coloured shapes, whose rules judge what is drawn."""
 
-    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder):
-        super().__init__(folder, meta, cfg, seed, autoencoder)
+    def __init__(self, folder: Path, meta: dict, cfg: ImageDataConfig, seed: int, autoencoder, features: Features | None):
+        super().__init__(folder, meta, cfg, seed, autoencoder, features)
         self._held_out = tuple(meta["made"]["held_out"])
 
     def unseen(self, count: int) -> tuple[list[str], np.ndarray]:
@@ -177,7 +184,7 @@ class _Latents:
     def __init__(self, shards, labels_M: np.ndarray, sizes_Mx2: np.ndarray, order_N: np.ndarray, captions):
         self._shards, self._labels, self._sizes, self._order = shards, labels_M, sizes_Mx2, order_N
         self._ends = np.cumsum([len(shard) for shard in shards])
-        self._caption_files, self.has_captions = captions, captions is not None
+        self._captions, self.has_captions = captions, captions is not None
 
     def __len__(self) -> int:
         return len(self._order)
@@ -206,11 +213,7 @@ class _Latents:
         return [self._shards[shard].shape[3:] for shard, _ in self.places(np.arange(len(self)))]
 
     def captions(self, index_B) -> list[str]:
-        return [self._captions_of(shard)[row] for shard, row in self.places(index_B)]
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019  a split lives as long as the run
-    def _captions_of(self, shard: int) -> list[str]:
-        return json.loads(self._caption_files[shard].read_text())
+        return [self._captions.read(*place) for place in self.places(index_B)]
 
 
 def _at_hand(meta: dict):

@@ -146,7 +146,7 @@ def captions_of(found: Listing) -> list[str] | None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
 
@@ -155,12 +155,14 @@ def _metadata(folder: Path) -> dict[Path, str]:
     """Picture -> caption, of every metadata.jsonl in the folder."""
     said = {}
     for file in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(_read(file).splitlines(), 1):
+        for number, line in enumerate(_read(file).split("\n"), 1):  # JSON may hold other ends of lines
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-                said[(file.parent / entry["file_name"]).resolve()] = str(entry["text"])
+                if not isinstance(entry["text"], str):
+                    raise TypeError("text is no string")
+                said[(file.parent / entry["file_name"]).resolve()] = entry["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{file}, line {number} is no {{"file_name": ..., "text": ...}}: {error!r}') from error
     return said
@@ -186,7 +188,7 @@ def _shapes(size: int, count: int, pairs: int, captions: int) -> Pictures:
 
     without = held_out(pairs, captions)
     of, train = ShapesSource(size, 0, without), count - count // 10
-    if train == count:
+    if train == count or count < 1:
         raise UserError(f"--count={count} is too few: take 10 or more")
     # A batch of one is example n of its split.
     parts = [("train", 0, train), ("val", train, count - train)]

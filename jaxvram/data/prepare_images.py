@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jaxvram.data.captions import to_lines
 from jaxvram.data.images import to_float
 from jaxvram.data.pictures import Pictures, find
 from jaxvram.errors import UserError
 
-META, VERSION = "meta.json", 2
+META, TEXT, VERSION = "meta.json", "text.json", 2
 PATCH = 2  # latents a side, of the models that take pictures of several aspects
 
 
@@ -122,6 +123,8 @@ class _Progress:
             self._resume()
         elif any(out_dir.glob("latents_*.npy")):
             raise UserError(f"{out_dir} holds latents but no {META}: choose another folder")
+        else:
+            (out_dir / TEXT).unlink(missing_ok=True)  # features of what was here before
         self._save()
 
     def _resume(self):
@@ -159,8 +162,7 @@ class _Progress:
         save_array(self.out_dir / files["labels"], self.pictures.labels_N[places])
         if self.pictures.captions is not None:
             files["captions"] = f"captions_{number}.json"
-            texts = json.dumps([self.pictures.captions[place] for place in places], indent=0)
-            save(self.out_dir / files["captions"], texts.encode())
+            save(self.out_dir / files["captions"], to_lines([self.pictures.captions[place] for place in places]))
         of_shape = {}
         if self.pictures.shapes_Nx2 is not None:
             files["sizes"], of_shape = f"sizes_{number}.npy", {"shape": self.pictures.shapes_Nx2[places[0]].tolist()}

@@ -121,6 +121,25 @@ def test_a_picture_that_lies_on_its_side(tmp_path):
     assert np.load(tmp_path / "out" / "sizes_000000.npy").tolist() == [[90, 60]] * 4
 
 
+def test_a_folder_with_a_split_of_its_own(tmp_path):
+    """The two shapes of each split; what is held out stays so, however they are sorted."""
+    for split, count in (("train", 6), ("val", 4)):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        for i in range(count):
+            kind, number = ("tall", "broad")[i % 2], i + (0 if split == "train" else 10)
+            Image.new("RGB", SIZES[kind][::-1], colour(number)).save(tmp_path / "in" / split / f"{i}.png")
+    done = prepare(tmp_path / "in", tmp_path / "out", aspects=2)
+    assert done.shapes == {BROAD: 5, TALL: 5} and done.shards == 4
+    of = source(tmp_path / "out")
+    for split, expected in (("train", {*range(6)}), ("val", {*range(10, 14)})):
+        batches = [of.batch(split, n, 2) for n in range(6)]
+        assert {int(i) for batch in batches for i in numbers(of, batch)} == expected
+        shapes = [batch["images"].shape for batch in batches]
+        assert len(set(shapes)) == 2 and shapes.count(shapes[0]) == 3
+    flipped = source(tmp_path / "out", flip=True)  # without captions there are mirrored ones
+    assert flipped.batch("train", 0, 3)["images"].shape[1:] in of.shapes
+
+
 class Dies(RandomAutoencoder):
     def __init__(self, batches):
         super().__init__()
