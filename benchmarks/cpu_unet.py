@@ -1,9 +1,10 @@
 """A training step of a small pixel U-Net on this CPU, beside diffusers' UNet2DModel in PyTorch, in alternating turns.
 
-  python benchmarks/cpu_unet.py            (needs torch and diffusers)
+  python benchmarks/cpu_unet.py                              (needs torch and diffusers)
+  taskset -c 0 python benchmarks/cpu_unet.py --threads 1     one core each, in CPU time: on a busy machine
 
-Both: the same sizes as configs/unet.py:tiny, fp32, the error of the noise, AdamW, the same threads. Prints the median of a
-turn each, and the median ratio of turns that follow one another: above 1, ours is faster.
+Both: the sizes of configs/unet.py:tiny, fp32, the noise to be found, AdamW, as many threads. Prints the median turn,
+and the median ratio of turns that follow one another: above 1, ours is faster.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def main():
             times[name].append((clock() - start) / STEPS)
     ratio = statistics.median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True))
     of = {name: f"{1e3 * statistics.median(t):.1f} ms (best {1e3 * min(t):.1f})" for name, t in times.items()}
-    print(f"{count:,} parameters, batch {B}, {cfg.image_size} px, {args.threads} threads, JAX {jax.__version__}, torch {torch.__version__}")
+    versions = f"JAX {jax.__version__}, torch {torch.__version__}"
+    print(f"{count:,} parameters, batch {B}, {cfg.image_size} px, {args.threads} threads, {versions}")
     print(f"jaxvram   {of['ours']}\ndiffusers {of['theirs']}\nspeed of ours over theirs: {ratio:.2f}")
 
 

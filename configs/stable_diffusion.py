@@ -60,7 +60,7 @@ def get_config(variant="auto"):
         c.optimizer.learning_rate = 1e-4
         c.train.update(steps=2_000, batch_size=4, microbatch_size=4)
     if variant == "sd1_full":
-        c.optimizer.update(name="adamw_8bit", stochastic_rounding=True)
+        c.optimizer.update(name="adafactor_momentum", mu_dtype="bfloat16", stochastic_rounding=True)
     if variant in ("emoji", "shapes", "tiny"):
         small_unet(c)
     if variant == "shapes":  # latents: 8 x 8 x 4 of 32 pixels a side

@@ -116,13 +116,18 @@ def held_out(pairs: int, captions: int) -> tuple[int, ...]:
     n, P = len(SHAPES), len(POSITIONS)
     diagonals = [colour * n + (colour + diagonal) % n for diagonal in range(n) for colour in range(n)][:pairs]
     texts = [pair * P + position for position in range(P) for pair in diagonals]
-    texts += [(k % n**2) * P + (k % n**2 + 4 * (k // n**2)) % P for k in range(captions)]
-    return tuple(dict.fromkeys(texts))
+    return tuple(dict.fromkeys([*texts, *_mixed(captions)]))
+
+
+def _mixed(count: int) -> list[int]:
+    """The first of all texts in an order in which every pair comes in turn, each time at another position."""
+    pairs, P = len(CLASS_NAMES), len(POSITIONS)
+    return [(k % pairs) * P + (k % pairs + 4 * (k // pairs)) % P for k in range(count)]
 
 
 def unseen(held_out: tuple[int, ...], count: int) -> tuple[list[str], np.ndarray]:
     """(captions, labels) of these texts in turn; of all, if none is held out."""
-    label_N, position_N = np.divmod(np.resize(held_out or np.arange(TEXTS), count), len(POSITIONS))
+    label_N, position_N = np.divmod(np.resize(held_out or _mixed(TEXTS), count), len(POSITIONS))
     shown = zip(*np.divmod(label_N, len(SHAPES)), position_N, strict=True)
     return [caption(*which) for which in shown], label_N.astype(np.int32)
 

@@ -13,6 +13,7 @@ UNet2DConditionModel were read for numbers.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -43,6 +44,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
+    REMATS: ClassVar = REMAT
     image_size: int = 64  # H = W of what is denoised: pixels, or latents
     channels: int = 3  # C
     num_classes: int = 0  # 0: unconditional, or told by a text

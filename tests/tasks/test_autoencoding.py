@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 import types
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import quick
 from PIL import Image
 
+from jaxvram import modes
 from jaxvram.data.images import Arrays, ArraySource, ImageDataConfig
 from jaxvram.errors import UserError
 from jaxvram.finetune.config import FinetuneConfig
@@ -286,3 +288,22 @@ def test_the_task_of_a_recipe():
         AutoencodingTask.of_recipe(recipe)
     with pytest.raises(UserError, match="num_samples and batch_size must be at least 1"):
         ReconstructionConfig(batch_size=0)
+
+
+def test_an_export_measures_the_scale(tmp_path, monkeypatch, capsys):
+    """--mode=export asks for the data too, and config.json says 1 over the spread of its latents."""
+    task, asked = task_of(source(), sample=ReconstructionConfig(batch_size=2)), []
+
+    def load_checkpoint(recipe, workdir, kind, with_data=True):
+        asked.append(with_data)
+        return task, grown(False), 7
+
+    monkeypatch.setattr(modes, "load_checkpoint", load_checkpoint)
+    recipe = types.SimpleNamespace(
+        model=CFG, task=AutoencodingConfig(), train=types.SimpleNamespace(init_from=""), finetune=FinetuneConfig()
+    )
+    options = types.SimpleNamespace(out=str(tmp_path / "ae"), checkpoint="latest", adapter=False, storage=None)
+    assert modes.export(recipe, tmp_path, options) == 0 and asked == [True]
+    assert "step 7" in capsys.readouterr().out
+    scale = json.loads((tmp_path / "ae" / "config.json").read_text())["scaling_factor"]
+    assert scale == pytest.approx(task.measured(grown(False))["scaling_factor"], rel=1e-6)
