@@ -35,7 +35,7 @@ def grid_png(images_NxHxWx3: np.ndarray, columns: int, least_side: int = 64, tit
     zoom, gap = max(1, -(-least_side // H)), 2
     images = images_NxHxWx3.repeat(zoom, 1).repeat(zoom, 2)
     side = W * zoom + gap
-    wrapped = [_wrapped(title, side) for title in titles]
+    wrapped = [_wrapped(title, side - 4) for title in titles]
     of_text = max((LINE * len(lines) + gap for lines in wrapped), default=0)
     top, of_row = (of_text, 0) if len(titles) == columns else (0, of_text)
     rows, h = -(-N // columns), H * zoom + gap + of_row
