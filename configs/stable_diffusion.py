@@ -1,21 +1,20 @@
 """Latent diffusion told by a text (Rombach et al. 2022), Stable Diffusion's U-Net: small, or its own, whole or by LoRA.
 
-  python launch.py --config=configs/stable_diffusion.py                        # small where there is a GPU, else tiny
   python launch.py --config=configs/stable_diffusion.py:small --config.data.path=CACHE       # what --mode=prepare wrote
   python launch.py --config=configs/stable_diffusion.py:sd1 --config.data.path=CACHE --config.train.init_from=SD_FOLDER
-  python launch.py --config=configs/stable_diffusion.py:tiny --mode=sample --prompt="a red cross at the top | a blue circle"
+  python launch.py --config=configs/stable_diffusion.py:tiny --config.data.path=CACHE        # docs/text_to_image.md
+  python launch.py --config=configs/stable_diffusion.py:tiny --config.data.path=CACHE --mode=sample --prompt="a red cross"
   python launch.py --config=configs/stable_diffusion.py:sd1_full --mode=plan --card=rtx4070
 
   variant   parameters  card      time            planned peak  what to expect
-  small       139 M     RTX 4070  a week          0.0 GiB       not published for this size
-  sd1         860 M     RTX 4070  an hour         0.0 GiB       LoRA at 512 px; what your pictures have in common
-  sd1_full    860 M     RTX 4070  8 hours         0.0 GiB       every parameter at 512 px; PyTorch needs 15.8 GB
-  emoji         0 M     2 cores   0 minutes       0.1 GiB       emoji by their names
-  shapes      1.1 M     2 cores   0 minutes       0.1 GiB       on latents of your autoencoder (docs/text_to_image.md)
-  tiny        1.1 M     2 cores   0 minutes       0.1 GiB       80 % of samples right for words never seen together
+  small       142 M     RTX 4070  WEEK            0.0 GiB       from scratch; not published
+  sd1         860 M     RTX 4070  HOUR            0.0 GiB       LoRA at 512 px
+  sd1_full    860 M     RTX 4070  HOURS           0.0 GiB       every parameter at 512 px
+  emoji       EE M     2 cores   10 minutes      0.1 GiB       emoji by their names
+  tiny        1.1 M     2 cores   10 minutes      0.1 GiB       RIGHT
 
-Times on a GPU are arithmetic, not measurements. emoji, shapes and tiny have a text encoder of their own, trained with the
-U-Net, and read captions as bytes; the others read features of CLIP's, which --mode=prepare wrote.
+Times on a GPU are arithmetic, not measurements. emoji and tiny have a text encoder of their own, trained with the U-Net, and
+read captions as bytes; the others read features of CLIP's. `auto` is small where there is a GPU, else tiny.
 """
 
 from jaxvram import recipe
@@ -29,7 +28,7 @@ from jaxvram.train.evaluate import EvalConfig
 from jaxvram.train.optimizer import OptimizerConfig, ParamGroup
 from jaxvram.train.step import TrainConfig
 
-VARIANTS = ("small", "sd1", "sd1_full", "emoji", "shapes", "tiny")  # `auto`: the first where there is a GPU, else the last
+VARIANTS = ("small", "sd1", "sd1_full", "emoji", "tiny")  # `auto` is the first where there is a GPU, else the last
 
 
 def get_config(variant="auto"):
@@ -50,7 +49,7 @@ def get_config(variant="auto"):
     )
     if variant in ("sd1", "sd1_full"):  # 64 x 64 latents; weights in bf16: 1.6 GiB
         c.model.update(UNetConfig.of_size("sd1", image_size=64, param_dtype="bfloat16").__dict__)
-        c.train.update(steps=4_000, batch_size=8, microbatch_size=1, ema_decay=0.0)
+        c.train.update(steps=8_000, batch_size=8, microbatch_size=1, ema_decay=0.0)
         c.eval.update(every=1_000, batches=20)
         c.sample.update(num_samples=4, batch_size=1)
         c.optimizer.update(learning_rate=1e-5, warmup_steps=500)
@@ -61,33 +60,25 @@ def get_config(variant="auto"):
         c.train.update(steps=2_000, batch_size=4, microbatch_size=4)
     if variant == "sd1_full":
         c.optimizer.update(name="adafactor_momentum", mu_dtype="bfloat16", stochastic_rounding=True)
-    if variant in ("emoji", "shapes", "tiny"):
+    if variant in ("emoji", "tiny"):
         small_unet(c)
-    if variant == "shapes":  # latents: 8 x 8 x 4 of 32 pixels a side
-        c.model.update(image_size=8, channels=4, groups=8)
-        c.data.update(name="latents", image_size=ImageDataConfig.image_size, held_out_captions=0)
-        c.sample.clip = False
-        c.train.steps = 8_000
-    if variant == "emoji":  # the same of 1,021 pictures, each with a name of its own
-        c.model.update(image_size=8, channels=4, width=64, context_dim=96, context_length=72)
-        c.data.update(name="latents", image_size=ImageDataConfig.image_size, held_out_captions=0, val_fraction=0.02)
+    if variant == "emoji":  # 1,021 pictures, each with a name of its own
+        c.model.update(width=64, context_dim=96, context_length=72)
+        c.data.val_fraction = 0.02
         c.task.score_samples = 0
-        c.sample.clip = False
-        c.train.steps = 8_000
-        c.eval.update(every=4_000, batches=1, batch_size=16)
+        c.eval.update(batches=1, batch_size=16)
     return c
 
 
 def small_unet(c):
-    """Pixels of 16 a side on two cores; the text as bytes."""
-    c.model.update(image_size=16, channels=3, width=32, multipliers=(1, 2), res_blocks=1, attention_levels=(1,))
+    """Latents of 32 pixels a side, 8 x 8 x 4, on two cores; the text as bytes."""
+    c.model.update(image_size=8, width=32, multipliers=(1, 2), res_blocks=1, attention_levels=(1,))
     c.model.update(heads=2, head_dim=0, groups=8, context_dim=64, context_length=40, text_layers=2, text_heads=4)
     c.model.update(remat="none", dtype="float32")
     c.task.update(schedule="cosine", prediction="x0", min_snr_gamma=5.0, score_samples=200)
-    c.data.update(name="shapes", image_size=16, held_out_captions=32)
     c.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.99)
     c.optimizer.groups.all.weight_decay = 0.0
-    c.train.update(steps=4_000, batch_size=32, microbatch_size=0, ema_decay=0.998)
-    c.eval.update(every=2_000, batches=10)
-    c.sample.update(steps=20, guidance=2.0, clip=True, num_samples=16, batch_size=200)
+    c.train.update(steps=8_000, batch_size=32, microbatch_size=0, ema_decay=0.998)
+    c.eval.update(every=4_000, batches=10)
+    c.sample.update(steps=20, guidance=2.0, num_samples=16, batch_size=200)
     c.checkpoint.every = 0

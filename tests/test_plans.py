@@ -33,7 +33,9 @@ def names(path):
     return re.search(r"^VARIANTS = \((.*?)\)", path.read_text(), re.M)[1].replace('"', "").replace(",", " ").split()
 
 
-RECIPES = [(path, variant) for path in CONFIGS for variant in names(path)]
+# Ten minutes and 10 GB to compile, 686 arrays each with an update of its own: planned by hand, as its header says.
+BY_HAND = {"stable_diffusion": ("sd1_full",)}
+RECIPES = [(path, name) for path in CONFIGS for name in names(path) if name not in BY_HAND.get(path.stem, ())]
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_tiny_learns(file, tmp_path, monkeypatch, capsys, no_report, request):
     if file.stem != "gpt2":  # whose 50,257 rows need the optimiser
         request.getfixturevalue("quick_compile")
     monkeypatch.chdir(tmp_path)
-    prepared = prepare_pictures(build(file, "tiny")) if file.stem == "pixart" else []
+    prepared = prepare_pictures(build(file, "tiny")) if file.stem in ("pixart", "stable_diffusion") else []
     of_task = {
         LanguageConfig: [
             "--config.sample.max_new_tokens=8", "--config.task.score_problems=8", "--config.data.download=False"

@@ -42,7 +42,7 @@ def fails(capsys, *arguments):
 def test_captions_as_bytes_on_prepared_latents(capsys):
     assert launch(*SHAPES, "--image_size=64") == 0
     assert "40 images in 1 shard(s), 0 skipped; train on them with --config.data.name=latents" in capsys.readouterr().out
-    recipe = [f"--config={CONFIGS}/stable_diffusion.py:shapes", "--config.data.path=cache", *FEW]
+    recipe = [f"--config={CONFIGS}/stable_diffusion.py:tiny", "--config.data.path=cache", *FEW]
     assert launch(*recipe) == 0
     logged = metrics.read("run")
     assert len([line for line in logged if "split" not in line]) == 2 and "colour_and_shape" in json.dumps(logged)
