@@ -13,9 +13,10 @@
   emoji       4.2 M     2 cores   15 minutes      0.2 GiB       emoji by their names
   tiny        1.1 M     2 cores   10 minutes      0.1 GiB       98 % of samples right for captions that are held out
 
-Times on a GPU are arithmetic, not measurements: matrix products and convolutions at 40 % of the card's 58 TFLOP/s; and the
-first step of sd1_full waits for ten minutes of a core's compiling. emoji and tiny have a text encoder of their own, trained with the U-Net, and
-read captions as bytes; the others read features of CLIP's. `auto` is small where there is a GPU, else tiny.
+Times on a GPU are arithmetic, not measurements: matrix products and convolutions at 40 % of the card's 58 TFLOP/s; before
+the first step of sd1_full the compiler works for ten minutes of a core. emoji and tiny have a text encoder of their own,
+trained with the U-Net, and read captions as bytes; the others read features of CLIP's. `auto` is small where there is a GPU,
+else tiny.
 """
 
 from jaxvram import recipe
