@@ -9,7 +9,7 @@
   b2         122 M     RTX 4070  12 days         3.8 GiB       from scratch; not published
   xl2        611 M     RTX 4070  9 hours         4.6 GiB       every parameter fine-tuned at 256 px; not published
   lora       611 M     RTX 4070  4 hours         3.4 GiB       matrices of low rank at 512 px; not published
-  tiny       1.2 M     2 cores   10 minutes      0.1 GiB       92 % of samples have the colour and the shape asked for
+  tiny       1.2 M     2 cores   10 minutes      0.1 GiB       96 % of samples right for captions that are held out
 
 Times on a GPU are arithmetic, not measurements: the planned steps' matrix products at 40 % of the card's 58 TFLOP/s. Nobody
 has trained the first three to the end here.
