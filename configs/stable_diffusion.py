@@ -10,7 +10,7 @@
   small       142 M     RTX 4070  3 days          3.6 GiB       from scratch; not published
   sd1         860 M     RTX 4070  15 minutes      2.4 GiB       LoRA of rank 16 at 512 px; not published
   sd1_full    860 M     RTX 4070  3 hours         8.6 GiB       every parameter at 512 px; not published
-  emoji       4.2 M     2 cores   15 minutes      0.2 GiB       emoji, of which it tells faces by their names; more wants more steps
+  emoji       4.2 M     2 cores   15 minutes      0.2 GiB       emoji; of their names it knows few by then
   tiny        1.1 M     2 cores   10 minutes      0.1 GiB       98 % of samples right for captions that are held out
 
 Times on a GPU are arithmetic, not measurements: matrix products and convolutions at 40 % of the card's 58 TFLOP/s; before
