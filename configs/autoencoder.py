@@ -8,7 +8,7 @@
 
   variant  parameters  card      time         planned peak  what to expect
   kl_f8       84 M     RTX 4070  10 days      5.8 GiB       published, with LPIPS as well: 24.2 dB, rFID 0.90 on ImageNet
-  small       21 M     RTX 4070  3 days       4.5 GiB       not published
+  small       21 M     RTX 4070  3 days       4.2 GiB       not published
   tiny       1.3 M     2 cores   4 minutes    0.2 GiB       33 dB on held-out shapes, all colours and forms recognised
 
 Times on a GPU are arithmetic, not measurements: 250,000 steps of 24 images of 256 px at 40 % of the card's 58 TFLOP/s. kl_f8
