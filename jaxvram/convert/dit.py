@@ -193,9 +193,13 @@ def _check_expressible(cfg: DiTConfig) -> None:
 
 
 def _config_json(cfg: DiTConfig) -> dict:
-    fixed = {key: values[0] for key, values in FIXED.items()}
-    return fixed | {
-        "_class_name": CLASS,
+    return config_json(cfg, CLASS, FIXED) | {"num_embeds_ada_norm": cfg.num_classes}
+
+
+def config_json(cfg: DiTConfig, kind: str, fixed: dict[str, tuple]) -> dict:
+    """What diffusers' classes of such transformers have in common (PixArt's too), and what is the same for all of `kind`."""
+    return {key: values[0] for key, values in fixed.items()} | {
+        "_class_name": kind,
         "num_attention_heads": cfg.n_head,
         "attention_head_dim": cfg.n_embd // cfg.n_head,
         "in_channels": cfg.channels,
@@ -203,6 +207,5 @@ def _config_json(cfg: DiTConfig) -> dict:
         "num_layers": cfg.n_layer,
         "sample_size": cfg.image_size,
         "patch_size": cfg.patch_size,
-        "num_embeds_ada_norm": cfg.num_classes,
         "dropout": 0.0,
     }

@@ -202,21 +202,11 @@ def _check_config(source: HuggingFaceFolder, cfg: PixArtConfig) -> bool:
 
 
 def _config_json(cfg: PixArtConfig) -> dict:
-    fixed = {key: values[0] for key, values in FIXED.items()}
-    return fixed | {
-        "_class_name": CLASS,
-        "num_attention_heads": cfg.n_head,
-        "attention_head_dim": cfg.n_embd // cfg.n_head,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.out_channels,
-        "num_layers": cfg.n_layer,
+    return dit.config_json(cfg, CLASS, FIXED) | {
         "cross_attention_dim": cfg.n_embd,
-        "sample_size": cfg.image_size,
-        "patch_size": cfg.patch_size,
         "caption_channels": cfg.context_dim,
         "use_additional_conditions": cfg.micro_conditions,
         "interpolation_scale": cfg.interpolation_scale,
-        "dropout": 0.0,
     }
 
 

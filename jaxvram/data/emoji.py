@@ -37,12 +37,13 @@ def font_file(asked: str) -> Path:
     if asked:
         file = Path(asked).expanduser()
         if not file.is_file():
-            raise UserError(f"data.font={asked} does not exist: give the file of a colour font, or {INSTALL}")
+            raise UserError(f"the font {asked} does not exist: give the file of a colour font, or {INSTALL}")
         return file
     found = importlib.util.find_spec(PACKAGE)
     file = Path(found.submodule_search_locations[0]) / FONT if found else None
     if file is None or not file.is_file():
-        raise UserError(f"data.name=emoji needs a colour font, and none is installed: {INSTALL}, or set data.font=FILE")
+        instead = "or name a font's file (data.font, --font)"
+        raise UserError(f"data.name=emoji needs a colour font, and none is installed: {INSTALL}, {instead}")
     return file
 
 

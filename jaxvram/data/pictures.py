@@ -64,6 +64,8 @@ def find(
         raise UserError("--held_out_pairs and --held_out_captions are for --input=shapes")
     if count and source != "shapes":
         raise UserError("--count is for --input=shapes, which are drawn without end")
+    if font and source != "emoji":
+        raise UserError("--font is for --input=emoji")
     if aspects and source in DRAWN:
         raise UserError(f"--aspects is for folders of pictures; {source} are drawn as squares: leave it out")
     if source == "shapes":
@@ -170,8 +172,6 @@ def _metadata(folder: Path) -> dict[Path, str]:
 
 class _Drawn:
     """A reader of pictures that are drawn, `draw(first, count) -> uint8 (count, H, W, 3)`."""
-
-    skipped: tuple = ()
 
     def __init__(self, draw, total: int, start: int):
         self._draw, self._total, self.next, self.skipped = draw, total, start, []

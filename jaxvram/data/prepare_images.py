@@ -34,7 +34,6 @@ class Prepared:
     images: int
     shards: int
     skipped: tuple[str, ...]  # 'cat/1.png: why', of the files that could not be used
-    has_captions: bool
     shapes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # (height, width) -> images, if several
 
 
@@ -71,7 +70,7 @@ def prepare_latents(
     late = [fault for shard in progress.shards for fault in shard["skipped"]]
     images = sum(shard["images"] for shard in progress.shards)
     skipped = (*pictures.skipped, *late)
-    return Prepared(out_dir, images, len(progress.shards), skipped, pictures.captions is not None, progress.shapes())
+    return Prepared(out_dir, images, len(progress.shards), skipped, progress.shapes())
 
 
 def _write_shard(progress: "_Progress", reader, autoencoder, batch_size: int, shard_size: int, bar):

@@ -45,7 +45,8 @@ def test_every_recipe_can_be_asked_for(requested, path):
     request = json.loads(json.dumps(pytorch_side.request_of(built, cfg)))
     parsed = requested.parse(request)
     assert parsed.step.rows == (built.train.microbatch_size or built.train.batch_size)
-    assert parsed.step.ema == (built.train.ema_decay > 0) and parsed.model.items() >= {"n_layer": cfg.n_layer}.items()
+    size = "n_layer" if hasattr(cfg, "n_layer") else "width"  # an autoencoder and a U-Net have levels
+    assert parsed.step.ema == (built.train.ema_decay > 0) and parsed.model.items() >= {size: getattr(cfg, size)}.items()
     for name in parsed.variants:
         requested.check_variant(parsed, name)  # none is asked for that the model has not
 

@@ -62,6 +62,16 @@ def edit_weights(folder, edit, file=WEIGHTS):
     safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / file)
 
 
+def edit_tensors(folder, file=WEIGHTS, **edits):
+    """`name=function of the tensor (None where there is none)`; what becomes None is left out."""
+
+    def edit(tensors):
+        tensors |= {name: edit(tensors.get(name)) for name, edit in edits.items()}
+        return {name: x for name, x in tensors.items() if x is not None}
+
+    edit_weights(folder, edit, file)
+
+
 def store_as(folder, dtype, file=WEIGHTS):
     edit_weights(folder, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()}, file)
 

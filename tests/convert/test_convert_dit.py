@@ -42,14 +42,7 @@ def folder(tmp_path):
     return tmp_path / "model", params
 
 
-def edit_weights(folder, **edits):
-    """`name=function of the tensor (None where there is none)`; what becomes None is left out."""
-
-    def edit(tensors):
-        tensors |= {name: edit(tensors.get(name)) for name, edit in edits.items()}
-        return {name: x for name, x in tensors.items() if x is not None}
-
-    checkpoints.edit_weights(folder, edit, WEIGHTS)
+edit_weights = functools.partial(checkpoints.edit_tensors, file=WEIGHTS)
 
 
 @pytest.mark.parametrize(

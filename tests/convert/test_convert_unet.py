@@ -44,11 +44,7 @@ def folder(tmp_path):
 
 
 def edit_weights(folder, name, edit):
-    def edited(tensors):
-        tensors |= {name: edit(tensors[name])}
-        return {name: x for name, x in tensors.items() if x is not None}
-
-    checkpoints.edit_weights(folder, edited, WEIGHTS)
+    checkpoints.edit_tensors(folder, WEIGHTS, **{name: edit})
 
 
 @pytest.mark.parametrize(

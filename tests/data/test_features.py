@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import quick
 import text_folders
+from kills import killed_after
 from PIL import Image
 
 from jaxvram.data import features
@@ -170,20 +170,9 @@ def test_killed_and_started_again(cache, whole):
 
 
 def test_killed_between_two_files(cache, whole, monkeypatch):
-    replace = os.replace
     for stop in (0, 2, 3, 5):
-        left = [None] * stop
-
-        def replace_some(part, file, left=left):
-            if not left:
-                raise RuntimeError("killed")
-            left.pop()
-            replace(part, file)
-
-        monkeypatch.setattr(os, "replace", replace_some)
-        with pytest.raises(RuntimeError, match="killed"):
+        with killed_after(stop, monkeypatch):
             prepare_features(cache, Fake(), "fake")
-        monkeypatch.setattr(os, "replace", replace)
     prepare_features(cache, Fake(), "fake")
     assert contents(cache) == contents(whole)
 

@@ -1,8 +1,8 @@
 import json
-import os
 
 import numpy as np
 import pytest
+from kills import killed_after
 from PIL import Image
 
 from jaxvram.data import autoencoders
@@ -133,20 +133,9 @@ def test_killed_and_started_again(folder, cache, tmp_path):
 
 def test_killed_between_a_shard_and_its_line(folder, cache, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    replace = os.replace
     for stop in (3, 4, 5, 3, 6):  # after so many files have got their names: meta.json, then three a shard
-        left = [None] * stop
-
-        def replace_some(part, file, left=left):
-            if not left:
-                raise RuntimeError("killed")
-            left.pop()
-            replace(part, file)
-
-        monkeypatch.setattr(os, "replace", replace_some)
-        with pytest.raises(RuntimeError, match="killed"):
+        with killed_after(stop, monkeypatch):
             prepare(folder, out)
-        monkeypatch.setattr(os, "replace", replace)
     prepare(folder, out)
     assert contents(out) == contents(cache)
 

@@ -176,6 +176,7 @@ def test_texts_as_other_programs_write_them(bare):
         ("shapes", {"count": -20}, "--count=-20 is too few"),
         ("shapes", {"count": 20, "aspects": 2}, "--aspects is for folders of pictures"),
         ("emoji", {"count": 20}, "--count is for --input=shapes"),
+        ("shapes", {"font": "a.ttf"}, "--font is for --input=emoji"),
         ("shapes", {"count": 20, "held_out_pairs": 9}, "held_out_pairs=9 is not in 0 to 8"),
         ("emoji", {"held_out_pairs": 2}, "--held_out_pairs and --held_out_captions are for --input=shapes"),
         (".", {"held_out_captions": 2}, "--held_out_pairs and --held_out_captions are for --input=shapes"),

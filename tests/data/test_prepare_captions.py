@@ -1,10 +1,10 @@
 """Pictures with captions into a cache, and back: each keeps its own."""
 
 import json
-import os
 
 import numpy as np
 import pytest
+from kills import killed_after
 from PIL import Image
 
 from jaxvram.data import shapes
@@ -124,20 +124,9 @@ def test_mirrored_pictures_are_refused(cache):
 
 
 def test_killed_at_any_file_and_started_again(cache, tmp_path, monkeypatch):
-    replace = os.replace
     for stop in (3, 2, 3, 4, 1, 5):  # after so many files have got their names: meta.json, then four a shard
-        left = [None] * stop
-
-        def replace_some(part, file, left=left):
-            if not left:
-                raise RuntimeError("killed")
-            left.pop()
-            replace(part, file)
-
-        monkeypatch.setattr(os, "replace", replace_some)
-        with pytest.raises(RuntimeError, match="killed"):
+        with killed_after(stop, monkeypatch):
             prepare(tmp_path)
-        monkeypatch.setattr(os, "replace", replace)
         with pytest.raises(UserError, match="is not finished"):
             source(tmp_path)
     assert prepare(tmp_path).images == COUNT
