@@ -5,7 +5,7 @@ import os
 
 from problems import Refused, TwinError
 
-OF_IMAGES = ("dit", "pixart", "unet", "autoencoder")  # of diffusers
+OF_IMAGES = ("autoencoder", "dit", "pixart", "unet")  # of diffusers
 KINDS = ("gpt2", "llama", "bitnet", "moe", "mamba", "mamba2", "retnet", "rwkv4", "rwkv7", *OF_IMAGES)
 WAYS = ("planned", "measured")
 
