@@ -28,10 +28,14 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t_B):
-        dense = lambda name: Linear(
-            self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02), name=name
-        )
-        return dense("fc2")(jax.nn.silu(dense("fc1")(timestep_features(t_B).astype(self.dtype))))
+        return _two_matrices(self, timestep_features(t_B), jax.nn.silu)
+
+
+def _two_matrices(of: nn.Module, x, activation):
+    """fc2(activation(fc1(x))), parameters of the module `of`, as wide as it is; weights N(0, 0.02)."""
+    init, dtypes = nn.initializers.normal(0.02), {"dtype": of.dtype, "param_dtype": of.param_dtype}
+    dense = lambda name: Linear(of.width, kernel_init=init, **dtypes, name=name)
+    return dense("fc2")(activation(dense("fc1")(x.astype(of.dtype))))
 
 
 class LabelEmbed(nn.Module):
@@ -57,7 +61,4 @@ class CaptionEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, context_BxSxE):
-        dense = lambda name: Linear(
-            self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02), name=name
-        )
-        return dense("fc2")(ACTIVATIONS["gelu_tanh"](dense("fc1")(context_BxSxE.astype(self.dtype))))
+        return _two_matrices(self, context_BxSxE, ACTIVATIONS["gelu_tanh"])
