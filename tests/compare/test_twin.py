@@ -254,7 +254,7 @@ def test_errors_are_one_line_that_helps(tmp_path):
     gpt2 = request_of(SMALL["gpt2"][0], ["flash"])
     unknown = gpt2 | {"model": gpt2["model"] | {"kind": "gpt3"}}
     for request, words, environment in (
-        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, dit"), {}),
+        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, autoencoder"), {}),
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),

@@ -164,7 +164,7 @@ def test_a_tokenizer_that_is_not_the_weights(recipe_of):
         modes.make_task(recipe)
 
 
-def test_images_have_no_fine_tuning(tiny_recipe):
-    recipe = dataclasses.replace(tiny_recipe(), model=DiTConfig(), finetune=METHODS["lora"])
-    with pytest.raises(UserError, match=r"finetune\.method=lora is for language models"):
+def test_images_have_no_adapter(tiny_recipe):
+    recipe = dataclasses.replace(tiny_recipe(), model=DiTConfig(), finetune=METHODS["adapter"])
+    with pytest.raises(UserError, match=r"finetune\.method=adapter is for language models"):
         DiffusionTask.of_recipe(recipe)
