@@ -148,7 +148,8 @@ def _small(file: pathlib.Path, config: dict) -> SmallTextConfig:
     names = [field.name for field in dataclasses.fields(SmallTextConfig) if field.name not in HOW_TO_COMPUTE]
     if missing := [name for name in names if name not in config]:
         raise UserError(f"{file} is damaged: it has no {missing[0]}")
-    return SmallTextConfig(**{name: config[name] for name in names}, dtype="float32")
+    values = {name: config[name] for name in names}
+    return SmallTextConfig(**values | {"ngrams": tuple(values["ngrams"])}, dtype="float32")
 
 
 def _check(file: pathlib.Path, theirs: dict, sizes, fixed: dict[str, tuple], model: str) -> None:

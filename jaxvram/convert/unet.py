@@ -133,7 +133,8 @@ def _text(folder: pathlib.Path, cfg: UNetConfig) -> dict:
     """The encoder that was trained with it."""
     found = text_encoder.find(folder).cfg
     wanted = {"context_length": found.length, "text_layers": found.n_layer, "text_heads": found.n_head}
-    check_fields(folder, wanted | {"context_dim": found.n_embd}, cfg)
+    wanted |= {"context_dim": found.n_embd, "text_ngrams": found.ngrams}
+    check_fields(folder, wanted, cfg)
     params, _ = text_encoder.load_params(folder)
     return jax.tree.map(lambda p: np.asarray(p, cfg.param_dtype), params)
 

@@ -3,6 +3,7 @@
 The first two are one transformer: x_0 = token[ids] + position;  x += attn(norm(x));  x += mlp(norm(x));  norm(x_L).
 CLIP's is causal with x sigmoid(1.702 x) in its MLPs; what Stable Diffusion reads is the hidden states of all positions.
 The small one sees a whole caption at once, and learns with the denoiser, as latent diffusion's (arXiv:2112.10752) did.
+It may know runs of bytes as well (Pagnoni et al. 2024, arXiv:2412.09871, 3.2.1): x_0 += sum_n table_n[hash(n last ids)].
 
 T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202), its encoder alone:
   x_0 = token[ids];  x += attn(rms(x));  x += (gelu(rms(x) W_g) * (rms(x) W_u)) W_o;  rms(x_L);  no bias anywhere.
@@ -28,6 +29,8 @@ from jaxvram.layers.mlp import ACTIVATIONS, GATED, MLP
 from jaxvram.layers.norms import LayerNorm, RMSNorm
 from jaxvram.layers.stack import REMAT, Stack
 
+HASH_FACTOR = 2_654_435_761  # the odd number next to 2^32 / golden ratio
+
 
 @dataclasses.dataclass(frozen=True)
 class SmallTextConfig:
@@ -41,6 +44,8 @@ class SmallTextConfig:
     mlp_width: int = 0  # F; 0: 4 E
     causal: bool = False  # a token sees those before it only
     activation: str = "gelu"  # of the MLP: gelu | gelu_tanh | quick_gelu
+    ngrams: tuple[int, ...] = ()  # lengths of the runs of tokens that have embeddings too: words, where tokens are bytes
+    ngram_rows: int = 4096  # of each length's table; runs share a row by their hash
     remat: str = "none"  # none | dots | nested | full: what the backward pass computes again (layers/stack.py)
     unroll_layers: bool = False  # straight-line layers: slower to compile; faster on a CPU
     dtype: str = "bfloat16"  # of matrix products: bfloat16 | float32
@@ -49,8 +54,11 @@ class SmallTextConfig:
 
     def __post_init__(self):
         _check_choices(self, {"remat": REMAT, "kernels": IMPLEMENTATIONS, "activation": ACTIVATIONS})
-        if min(self.vocab_size, self.length, self.n_layer, self.n_head, self.n_embd) < 1 or self.mlp_width < 0:
-            raise UserError("text encoder: vocab_size, length, n_layer, n_head and n_embd must be at least 1")
+        sizes = (self.vocab_size, self.length, self.n_layer, self.n_head, self.n_embd, self.ngram_rows)
+        if min(sizes) < 1 or self.mlp_width < 0:
+            raise UserError("text encoder: vocab_size, length, n_layer, n_head, n_embd, ngram_rows must be at least 1")
+        if len(set(self.ngrams)) < len(self.ngrams) or any(type(n) is not int or n < 2 for n in self.ngrams):
+            raise UserError(f"text encoder: ngrams={self.ngrams} must be different whole numbers of at least 2")
         if self.n_embd % self.n_head:
             raise UserError(f"text encoder: n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
@@ -144,9 +152,25 @@ class SmallTextEncoder(nn.Module):
         table = functools.partial(Embed, features=cfg.n_embd, embedding_init=nn.initializers.normal(0.02), **dtypes)
         x_BxSxE = table(cfg.vocab_size, name="token")(tokens_BxS)
         x_BxSxE += table(cfg.length, name="position")(jnp.arange(S))
+        for n in cfg.ngrams:
+            x_BxSxE += table(cfg.ngram_rows, name=f"ngram_{n}")(ngram_hash(tokens_BxS, n, cfg.ngram_rows))
         stack = Stack(Block, cfg, cfg.n_layer, cfg.remat, cfg.unroll_layers, name="blocks")
         x_BxSxE, _ = stack(x_BxSxE, None, length_B, deterministic=deterministic)
         return LayerNorm(**dtypes, name="norm")(x_BxSxE)
+
+
+def ngram_hash(tokens_BxS, n: int, rows: int):
+    """int32 (B, S) in [0, rows): of each token and the n - 1 before it, sum_j (token_{s-j} + 1) a^j mod 2^32, mod `rows`.
+
+    In between, the high bits are folded into the low ones: else 2^k rows would see no more than k bits of each token.
+    """
+    B, S = tokens_BxS.shape
+    ids_BxS = jnp.pad(tokens_BxS.astype(jnp.uint32) + 1, ((0, 0), (n - 1, 0)))  # nought: before the beginning
+    hash_BxS = jnp.zeros((B, S), jnp.uint32)
+    for j in range(n):
+        hash_BxS = hash_BxS * jnp.uint32(HASH_FACTOR) + ids_BxS[:, j : j + S]
+    mixed_BxS = (hash_BxS ^ (hash_BxS >> 15)) * jnp.uint32(HASH_FACTOR)
+    return ((mixed_BxS ^ (mixed_BxS >> 16)) % jnp.uint32(rows)).astype(jnp.int32)
 
 
 class CLIPText(SmallTextEncoder):

@@ -60,6 +60,7 @@ class UNetConfig:
     context_length: int = 77  # S, tokens of a text
     text_layers: int = 0  # of a text encoder of its own, trained with it, width E (models/text_encoder.py); 0: none
     text_heads: int = 4
+    text_ngrams: tuple[int, ...] = ()  # runs of so many bytes have embeddings of their own in it
     dropout: float = 0.0  # within residual blocks
     remat: str = "full"  # none | full: the backward pass computes each residual and attention block again
     dtype: str = "bfloat16"  # of products: bfloat16 | float32
@@ -83,6 +84,9 @@ class UNetConfig:
             )
         if self.text_layers and (not self.context_dim or self.context_dim % self.text_heads):
             raise UserError("model.text_layers: its encoder's width, context_dim, must be a multiple of text_heads")
+        if self.text_ngrams and not self.text_layers:
+            raise UserError("model.text_ngrams belongs to a text encoder of its own: set model.text_layers too")
+        _ = self.text  # which checks itself
 
     def _check_levels(self):
         levels = len(self.multipliers)
@@ -131,8 +135,8 @@ class UNetConfig:
             return None
         return SmallTextConfig(
             length=self.context_length, n_layer=self.text_layers, n_head=self.text_heads, n_embd=self.context_dim,
-            remat=self.remat, unroll_layers=self.remat == "none", dtype=self.dtype, param_dtype=self.param_dtype,
-            kernels=self.kernels,
+            ngrams=self.text_ngrams, remat=self.remat, unroll_layers=self.remat == "none", dtype=self.dtype,
+            param_dtype=self.param_dtype, kernels=self.kernels,
         )  # fmt: skip
 
 

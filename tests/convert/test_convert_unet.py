@@ -22,7 +22,7 @@ PIXELS = UNetConfig(
 TEXT = dataclasses.replace(
     PIXELS, num_classes=0, learn_sigma=False, attention_levels=(0,), context_dim=6, context_length=5
 )
-JOINT = dataclasses.replace(TEXT, text_layers=2, text_heads=2)
+JOINT = dataclasses.replace(TEXT, text_layers=2, text_heads=2, text_ngrams=(2, 3))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GATED = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
 QUERY = "mid_block.attentions.0.to_q.weight"
@@ -95,6 +95,8 @@ def test_a_text_encoder_trained_with_it(tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["text_encoder", "unet"]
     with pytest.raises(UserError, match=r"text_layers=2 .*add --config\.model\.text_layers=2"):
         convert.load_params(tmp_path / "model", dataclasses.replace(JOINT, text_layers=1))
+    with pytest.raises(UserError, match=r"text_ngrams=\(2, 3\)"):
+        convert.load_params(tmp_path / "model", dataclasses.replace(JOINT, text_ngrams=()))
 
 
 def test_names_of_2022(folder):

@@ -11,14 +11,25 @@ import pytest
 import quick
 
 from jaxvram.errors import UserError
-from jaxvram.models.text_encoder import CLIPText, CLIPTextConfig, SmallTextConfig, SmallTextEncoder, T5Config, T5Encoder
+from jaxvram.models.text_encoder import (
+    HASH_FACTOR,
+    CLIPText,
+    CLIPTextConfig,
+    SmallTextConfig,
+    SmallTextEncoder,
+    T5Config,
+    T5Encoder,
+    ngram_hash,
+)
 
 SMALL = SmallTextConfig(vocab_size=17, length=7, n_layer=2, n_head=2, n_embd=8, dtype="float32")
+NGRAMS = dataclasses.replace(SMALL, ngrams=(2, 4), ngram_rows=64)
 CLIP = CLIPTextConfig(**dataclasses.asdict(SMALL) | {"causal": True, "activation": "quick_gelu"})
 T5 = T5Config(
     vocab_size=17, n_layer=2, n_head=2, head_dim=3, n_embd=8, mlp_width=12, dtype="float32", param_dtype="float32"
 )
 ENCODERS = {"small": SmallTextEncoder(SMALL), "clip": CLIPText(CLIP), "t5": T5Encoder(T5)}
+ENCODERS["ngrams"] = SmallTextEncoder(NGRAMS)
 TOKENS, LENGTHS = np.random.RandomState(0).randint(0, 17, (2, 7)).astype(np.int32), np.int32([7, 3])
 
 
@@ -67,7 +78,36 @@ def test_what_a_token_sees(name):
     assert (seen_SxS == (np.tri(7, dtype=bool) if name == "clip" else True)).all()
 
 
-@pytest.mark.parametrize("name", ["small", "t5"])
+def test_ngrams_are_hashed_as_written():
+    """In whole numbers of Python; the beginning of a caption counts, what comes after a token does not."""
+    tokens = np.random.RandomState(2).randint(0, 259, (2, 7)).astype(np.int32)
+    for n, rows in ((2, 64), (4, 4096), (9, 1000)):
+        for caption, row in zip(tokens.tolist(), ngram_hash(tokens, n, rows).tolist(), strict=True):
+            for s in range(7):
+                run_of_ids = ([0] * n + [i + 1 for i in caption])[s + 1 : s + 1 + n]
+                h = sum(i * HASH_FACTOR**j for j, i in enumerate(reversed(run_of_ids))) % 2**32
+                h = (h ^ h >> 15) * HASH_FACTOR % 2**32
+                assert row[s] == (h ^ h >> 16) % rows
+
+
+def test_ngrams_spread_over_their_rows():
+    """All pairs of letters, in as many rows: at random 1 - 1/e = 63 % of the rows are met."""
+    letters = np.arange(97, 123, dtype=np.int32)
+    pairs = np.stack(np.meshgrid(letters, letters), -1).reshape(-1, 2)
+    met = len(np.unique(ngram_hash(pairs, 2, len(pairs))[:, 1]))
+    assert 0.58 < met / len(pairs) < 0.68
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ngrams_are_read(n):
+    """The table of each length has a gradient, in the rows of its runs alone."""
+    ids, params, model = TOKENS[:1], grown("ngrams"), ENCODERS["ngrams"]
+    slopes = quick.jit(jax.grad(lambda params: model.apply({"params": params}, ids)[..., 0].sum()))(params)
+    touched = np.flatnonzero(np.abs(slopes[f"ngram_{n}"]["embedding"]).max(-1))
+    assert touched.tolist() == np.unique(ngram_hash(ids, n, 64)).tolist()
+
+
+@pytest.mark.parametrize("name", ["small", "ngrams", "t5"])
 def test_remat_changes_nothing(name):
     params, model = grown(name), ENCODERS[name]
 
@@ -91,6 +131,8 @@ def test_errors():
         (lambda: SmallTextConfig(activation="relu"), "activation='relu' is unknown"),
         (lambda: SmallTextConfig(n_embd=10, n_head=4), "n_embd=10 is not a multiple of n_head=4"),
         (lambda: SmallTextConfig(length=0), "must be at least 1"),
+        (lambda: SmallTextConfig(ngrams=(3, 1)), r"ngrams=\(3, 1\) must be different whole numbers"),
+        (lambda: SmallTextConfig(ngrams=(3, 3)), r"ngrams=\(3, 3\) must be different whole numbers"),
         (lambda: T5Config(buckets=6), "buckets a multiple of 4"),
         (lambda: T5Config(dtype="float16"), "dtype='float16' is unknown"),
     ):
