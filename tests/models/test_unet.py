@@ -188,7 +188,7 @@ def test_tuples_of_a_recipe_come_back_from_json():
         ({"heads": 3}, "model.heads=3 does not divide a level's 8 channels|a level's 16 channels"),
         ({"heads": 0, "head_dim": 3}, "model.head_dim=3 does not divide a level's"),
         ({"context_dim": 4}, r"a class \(num_classes\) or by a text \(context_dim\)"),
-        ({"num_classes": 0, "context_dim": 8, "text_ngrams": (3,)}, "model.text_ngrams belongs to a text encoder of its own"),
+        ({"num_classes": 0, "context_dim": 8, "text_ngrams": (3,)}, "model.text_ngrams belongs to a text encoder of its"),
         (
             {"num_classes": 0, "context_dim": 8, "text_layers": 1, "text_heads": 2, "text_ngrams": (1,)},
             r"ngrams=\(1,\) must be different",
