@@ -3,7 +3,7 @@
 The first two are one transformer: x_0 = token[ids] + position;  x += attn(norm(x));  x += mlp(norm(x));  norm(x_L).
 CLIP's is causal with x sigmoid(1.702 x) in its MLPs; what Stable Diffusion reads is the hidden states of all positions.
 The small one sees a whole caption at once, and learns with the denoiser, as latent diffusion's (arXiv:2112.10752) did.
-It may know runs of bytes as well (Pagnoni et al. 2024, arXiv:2412.09871, 3.2.1): x_0 += sum_n table_n[hash(n last ids)].
+It may know runs of bytes as well (Pagnoni et al. 2024, arXiv:2412.09871): x_0 += sum_n table_n[hash(n last ids)].
 
 T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202), its encoder alone:
   x_0 = token[ids];  x += attn(rms(x));  x += (gelu(rms(x) W_g) * (rms(x) W_u)) W_o;  rms(x_L);  no bias anywhere.

@@ -253,8 +253,9 @@ def test_what_a_model_has_not_is_refused_and_the_rest_answered():
 def test_errors_are_one_line_that_helps(tmp_path):
     gpt2 = request_of(SMALL["gpt2"][0], ["flash"])
     unknown = gpt2 | {"model": gpt2["model"] | {"kind": "gpt3"}}
+    kinds = "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, autoencoder, dit, pixart, unet"
     for request, words, environment in (
-        (unknown, ("model.kind='gpt3'", "gpt2, llama, bitnet, moe, mamba, mamba2, retnet, rwkv4, rwkv7, autoencoder"), {}),
+        (unknown, ("model.kind='gpt3'", kinds), {}),
         (gpt2 | {"variants": ["fast"]}, ("variants='fast'", "flash+checkpoint"), {}),
         (gpt2 | {"step": gpt2["step"] | {"microbatch_size": 3}}, ("microbatch_size=3 does not divide",), {}),
         ("{", ("no JSON",), {}),
